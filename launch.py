@@ -1,0 +1,174 @@
+"""LoRA Loom's door: parse the command line, hand over.
+
+Imports live inside functions, so that --help is instant: neither torch nor gradio is loaded for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+DONE, FAILED, USAGE, BUSY, INTERRUPTED = 0, 1, 2, 3, 130
+
+EPILOG = """\
+examples:
+  python launch.py --train presets/demo.toml
+  python launch.py --train presets/sd15_subject.toml --set data.images=photos --set train.steps=1200
+  python launch.py --train --resume runs/fox
+  python launch.py --generate --prompt "a zxq animal on a blue background" --lora runs/demo/demo.safetensors:0.8
+  python launch.py --generate --prompt "..." --lora cat.safetensors --weights 0 0.5 1      one picture per weight
+
+exit codes: 0 done, 1 failed (the reason is on stderr), 2 wrong usage or refused to start,
+            3 another process holds this run, 130 interrupted and saved
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="launch.py",
+        description="Train Stable Diffusion LoRAs, and make pictures with them at any weight.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = p.add_argument_group("what to do")
+    what.add_argument(
+        "--train", nargs="?", const="", metavar="PRESET", help="train the LoRA a preset describes"
+    )
+    what.add_argument(
+        "--generate",
+        nargs="?",
+        const="",
+        metavar="RECIPE",
+        help="make pictures from a recipe or the flags below",
+    )
+    what.add_argument("--list-presets", action="store_true", help="the presets that come with LoRA Loom")
+    train = p.add_argument_group("training")
+    train.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the preset"
+    )
+    train.add_argument(
+        "--resume", type=Path, metavar="RUN", help="go on with the run in this folder, exactly where it was"
+    )
+    make = p.add_argument_group("pictures (each overrides the recipe)")
+    make.add_argument(
+        "--base", help='base model: "demo" (the default), a folder, a .safetensors file or a hub id'
+    )
+    make.add_argument("--prompt")
+    make.add_argument("--negative", dest="negative_prompt", metavar="PROMPT")
+    make.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="may be given several times"
+    )
+    make.add_argument(
+        "--weights",
+        nargs="+",
+        type=float,
+        metavar="W",
+        help="one picture per factor on all LoRAs, side by side",
+    )
+    make.add_argument("--seed", type=int)
+    make.add_argument("--steps", type=int)
+    make.add_argument("--guidance", type=float)
+    make.add_argument("--count", type=int)
+    make.add_argument("--width", type=int)
+    make.add_argument("--height", type=int)
+    make.add_argument(
+        "--fuse",
+        action="store_true",
+        default=None,
+        help="fold the LoRAs into the base weights for the pictures",
+    )
+    make.add_argument("--out", type=Path, help="folder for the pictures (outputs)")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    chosen = [args.train is not None, args.generate is not None, args.list_presets]
+    if sum(chosen) > 1:
+        return _say("Choose one of --train, --generate and --list-presets.", USAGE)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault(
+        "TRANSFORMERS_VERBOSITY", "error"
+    )  # else it asks for torchvision, which nothing needs
+    if args.list_presets:
+        return list_presets()
+    if args.train is not None:
+        return train(args)
+    if args.generate is not None:
+        return generate(args)
+    print(
+        "LoRA Loom works from the command line:\n\n"
+        "  python launch.py --train presets/demo.toml      train a first LoRA on the model that is included\n"
+        '  python launch.py --generate --prompt "..."      make a picture, with --lora FILE:WEIGHT if you like\n'
+        "  python launch.py --list-presets                 what there is to start from\n"
+        "  python launch.py --help                         everything else"
+    )
+    return DONE
+
+
+def list_presets() -> int:
+    from trainers import presets
+
+    for name, path, description in presets.list_presets():
+        print(f"{name:16} {description}\n{'':16} {path}")
+    return DONE
+
+
+def train(args: argparse.Namespace) -> int:
+    from lora_core.errors import ConfigError, LoraError, Stopped
+    from trainers import presets
+    from trainers.run_folder import RunBusy, RunFolder
+
+    try:
+        if args.resume:
+            config = RunFolder.reopen(args.resume, args.set)[1]
+        elif args.train:
+            config = presets.load(args.train, args.set)
+        else:
+            return _say("Name a preset, such as --train presets/demo.toml; --list-presets shows them.", USAGE)
+    except LoraError as problem:
+        return _say(str(problem), USAGE)
+    from trainers.dreambooth import train as run
+    from trainers.events import Console
+
+    try:
+        run(config, resume=args.resume, listeners=[Console()])
+    except Stopped:
+        return INTERRUPTED  # the console has said where it was saved and how to go on
+    except RunBusy as problem:
+        return _say(str(problem), BUSY)
+    except ConfigError as problem:
+        return _say(str(problem), USAGE)
+    except LoraError as problem:
+        return _say(str(problem), FAILED)
+    return DONE
+
+
+def generate(args: argparse.Namespace) -> int:
+    from lora_core.errors import ConfigError, LoraError
+    from lora_core.recipe import Recipe, make
+
+    try:
+        recipe = Recipe.read(Path(args.generate)) if args.generate else Recipe()
+        recipe = recipe.with_flags(vars(args))
+    except ConfigError as problem:
+        return _say(str(problem), USAGE)
+    try:
+        for line in make(recipe):
+            print(line)
+    except ConfigError as problem:
+        return _say(str(problem), USAGE)
+    except LoraError as problem:
+        return _say(str(problem), FAILED)
+    return DONE
+
+
+def _say(text: str, code: int) -> int:
+    print(text, file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

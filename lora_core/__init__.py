@@ -1,0 +1,63 @@
+"""LoRA itself: its maths, its files, and a live diffusers pipeline that wears it.
+
+Names are imported when first used, so that `from lora_core import LoraConfig` does not wait for diffusers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_core.adapter import Adapter, Coverage
+    from lora_core.base_weights import BaseReport
+    from lora_core.config import LoraConfig
+    from lora_core.errors import LoraError
+    from lora_core.formats import read_adapter, write_adapter
+    from lora_core.generation import GeneratedImage, GenerationRequest
+    from lora_core.mix import Mix
+    from lora_core.models import open_base
+    from lora_core.pipeline import LivePipeline
+    from lora_core.train_form import attach, collect, detach
+
+_HOMES = {
+    "Adapter": "adapter",
+    "BaseReport": "base_weights",
+    "Coverage": "adapter",
+    "GeneratedImage": "generation",
+    "GenerationRequest": "generation",
+    "LivePipeline": "pipeline",
+    "LoraConfig": "config",
+    "LoraError": "errors",
+    "Mix": "mix",
+    "attach": "train_form",
+    "collect": "train_form",
+    "detach": "train_form",
+    "open_base": "models",
+    "read_adapter": "formats",
+    "write_adapter": "formats",
+}
+
+__all__ = [
+    "Adapter",
+    "BaseReport",
+    "Coverage",
+    "GeneratedImage",
+    "GenerationRequest",
+    "LivePipeline",
+    "LoraConfig",
+    "LoraError",
+    "Mix",
+    "attach",
+    "collect",
+    "detach",
+    "open_base",
+    "read_adapter",
+    "write_adapter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lora_core' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"lora_core.{_HOMES[name]}"), name)

@@ -1,0 +1,93 @@
+"""Every formula of the LoRA family once, as pure functions of tensors.
+
+Symbols: W (out, in) or (out, in, k, k) original weight; A (r, in[, k, k]) down; B (out, r[, 1, 1]) up;
+s = alpha/r; V = W + s B A; m the DoRA magnitude. LoRA arXiv 2106.09685, rsLoRA 2312.03732, DoRA 2402.09353.
+Results are fp32 whatever the inputs are in.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CANCELLING = 1e-3  # rows with |V|^2 below this share of |W|^2 lose digits in the factored norm: see row_norms
+
+
+def lora_scale(*, alpha: float, rank: int, rank_stabilized: bool = False) -> float:
+    """s = alpha/r, or alpha/sqrt(r) for rsLoRA."""
+    return alpha / rank**0.5 if rank_stabilized else alpha / rank
+
+
+def flat(weight: Tensor) -> Tensor:
+    """(out, in, k, k) -> fp32 (out, in*k*k); a matrix stays one."""
+    return weight.float().flatten(1)
+
+
+def low_rank(down: Tensor, up: Tensor, mid: Tensor | None = None, *, scale: float) -> Tensor:
+    """s B A. Linear -> (out, in); convolution -> (out, in, k, k). `mid` (r, r, k, k) is LyCORIS' Tucker core."""
+    if mid is not None:
+        down = compose_tucker(down, mid)
+    product = flat(up) @ flat(down)  # (out, in*k*k)
+    return (scale * product).reshape(up.shape[0], *down.shape[1:])
+
+
+def compose_tucker(down: Tensor, mid: Tensor) -> Tensor:
+    """A (r, in, 1, 1) and core (r', r, k, k) -> one kernel (r', in, k, k): exact, so the rest of the house
+    needs no third factor."""
+    return torch.einsum("qrkl,ri->qikl", mid.float(), flat(down))
+
+
+def row_norms_squared(weight: Tensor) -> Tensor:
+    """n0 = rowsum(W^2), (out,)."""
+    return flat(weight).square().sum(1)
+
+
+def row_norms(weight: Tensor, down: Tensor, up: Tensor, *, scale: float, n0: Tensor | None = None) -> Tensor:
+    """|V| per output row, (out,), without forming V (out x in).
+
+    |V|^2 = n0 + 2 s rowsum((W A^T) * B) + s^2 rowsum((B (A A^T)) * B). Relative error <= 2.5e-7 for ordinary
+    rows; where V nearly cancels W (|V|^2 < 1e-3 n0) the terms cancel too, and those rows are computed densely.
+    """
+    w, a, b = flat(weight), flat(down), flat(up)
+    n0 = row_norms_squared(weight) if n0 is None else n0
+    squared = n0 + 2 * scale * ((w @ a.T) * b).sum(1) + scale**2 * ((b @ (a @ a.T)) * b).sum(1)
+    cancelling = squared < CANCELLING * n0
+    if bool(cancelling.any()):
+        squared[cancelling] = (w[cancelling] + scale * (b[cancelling] @ a)).square().sum(1)
+    return squared.sqrt()
+
+
+def magnitude_axis(magnitude: Tensor, weight_shape: torch.Size) -> int:
+    """0: one magnitude per output row (the paper, PEFT); 1: per input column (older LyCORIS, OneTrainer).
+
+    Told from the shape: (out,), (out, 1[, 1, 1]) or PEFT's (1, out, 1, 1) against (1, in[, 1, 1]).
+    On a square layer a leading 1 decides for the input axis, as its writers mean it.
+    """
+    shape, (out, inn) = tuple(magnitude.shape), tuple(weight_shape[:2])
+    if shape in ((out,), (out, *[1] * (len(weight_shape) - 1))):
+        return 0
+    if shape == (1, inn, *[1] * (len(weight_shape) - 2)):
+        return 1
+    if shape == (1, out, 1, 1):
+        return 0
+    raise ValueError(
+        f"magnitude of shape {shape} fits neither the {out} outputs nor the {inn} inputs of {tuple(weight_shape)}"
+    )
+
+
+def dora_delta(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
+    """W'(1) - W with W' = m * V/|V| along the magnitude's own axis, V = W + delta. Shape of W."""
+    v = weight.float() + delta
+    axis = magnitude_axis(magnitude, weight.shape)
+    over = [d for d in range(v.dim()) if d != axis]
+    norm = torch.linalg.vector_norm(v, dim=over, keepdim=True)
+    changed: Tensor = magnitude.float().reshape(norm.shape) * v / norm
+    return changed - weight.float()
+
+
+def fused(weight: Tensor, deltas: list[tuple[float, Tensor]]) -> Tensor:
+    """round(fp32(W0) + sum w_i dW_i): one rounding, to W's dtype."""
+    total = weight.float()
+    for user_weight, delta in deltas:
+        total = total + user_weight * delta
+    return total.to(weight.dtype)

@@ -1,0 +1,51 @@
+"""What can go wrong, in sentences: what was found, what was expected, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LoraError(Exception):
+    """Base of every error a user may meet. `str(error)` is one message for a tired artist, no traceback needed."""
+
+
+class FileRefused(LoraError):
+    """A file is damaged, unsafe, or not what was asked for. Nothing was changed."""
+
+
+class WrongFamily(LoraError):
+    """A LoRA and a base model do not belong together."""
+
+
+class NotFinite(LoraError):
+    """NaN or Inf where numbers are needed."""
+
+
+class ConfigError(LoraError):
+    """A setting is unknown, out of range, or contradicts another."""
+
+
+class NothingMatched(ConfigError):
+    """Targets that name no layer of the model."""
+
+
+class NotLoaded(LoraError):
+    """A LoRA is named that is not loaded."""
+
+
+class SaveFailed(LoraError):
+    """A file could not be written; what was there before is untouched."""
+
+
+class Stopped(LoraError):
+    """Work was asked to stop, and did; what it had is kept."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """' Did you mean "rank"?' or the list of what is known, to end an error with."""
+    known = sorted(set(known))
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if close:
+        return f' Did you mean "{close[0]}"?'
+    return f" Known: {', '.join(known)}." if known else ""

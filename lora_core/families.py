@@ -1,0 +1,158 @@
+"""The families of Stable Diffusion models as rows of one table, and how a model or a LoRA shows its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lora_core.adapter import Adapter, resolve, weight_of
+from lora_core.errors import WrongFamily
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one family differs from the others.
+
+    components          what a LoRA of it can change, in the order of adapter.COMPONENTS
+    context_width       features of a text embedding in the original models; others of the family may differ
+    base_versions       kohya's `ss_base_model_version`: the plain one first, the v-prediction one behind it
+    architectures       modelspec's `architecture`, in the same order
+    resolution          side in pixels the original models were trained at
+    """
+
+    key: str
+    title: str
+    components: tuple[str, ...]
+    context_width: int
+    base_versions: tuple[str, ...]
+    architectures: tuple[str, ...]
+    resolution: int
+
+
+FAMILIES: dict[str, Family] = {
+    family.key: family
+    for family in (
+        Family(
+            key="sd1",
+            title="SD 1.x",
+            components=("unet", "text_encoder"),
+            context_width=768,
+            base_versions=("sd_v1",),
+            architectures=("stable-diffusion-v1/lora",),
+            resolution=512,
+        ),
+        Family(
+            key="sd2",
+            title="SD 2.x",
+            components=("unet", "text_encoder"),
+            context_width=1024,
+            base_versions=("sd_v2", "sd_v2_v"),
+            architectures=("stable-diffusion-v2-512/lora", "stable-diffusion-v2-768-v/lora"),
+            resolution=768,
+        ),
+        Family(
+            key="sdxl",
+            title="SDXL",
+            components=("unet", "text_encoder", "text_encoder_2"),
+            context_width=2048,
+            base_versions=("sdxl_base_v1-0",),
+            architectures=("stable-diffusion-xl-v1-base/lora",),
+            resolution=1024,
+        ),
+    )
+}
+
+
+def family_of_unet(unet: nn.Module) -> Family:
+    """The family of a live UNet, told from what it is built of and never from widths: a small model of a
+    family is of that family. Raises WrongFamily for a UNet of none of them."""
+    paths = [path for path, _ in unet.named_modules()]
+    if hasattr(unet, "add_embedding") or any(".transformer_blocks.1." in path for path in paths):
+        return FAMILIES["sdxl"]
+    entries = [unet.get_submodule(path) for path in paths if path.endswith(".proj_in")]
+    if entries and all(isinstance(layer, nn.Linear) for layer in entries):
+        return FAMILIES["sd2"]
+    if entries and all(isinstance(layer, nn.Conv2d) for layer in entries):
+        return FAMILIES["sd1"]
+    raise WrongFamily(
+        f"{type(unet).__name__} has {len(entries)} attention blocks with an entry layer of a known kind: "
+        f"it is no UNet of {', '.join(f.title for f in FAMILIES.values())}. Open a model of one of these."
+    )
+
+
+def family_of_layers(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """The family that an adapter's layers (adapter path -> weight shape) show; None where they do not tell.
+
+    Parts of a model that only one family has decide first, the original models' widths after that. A first
+    text encoder of width 768 belongs to SD 1.x and SDXL alike, so it tells nothing.
+    """
+    in_unet = {path: shape for path, shape in shapes.items() if path.startswith("unet.")}
+    contexts = {s[1] for p, s in in_unet.items() if p.endswith((".attn2.to_k", ".attn2.to_v")) and len(s) > 1}
+    entries = {len(shape) for path, shape in in_unet.items() if path.endswith(".proj_in")}
+    words = {
+        s[1]
+        for p, s in shapes.items()
+        if p.startswith("text_encoder.") and p.endswith("_proj") and len(s) > 1
+    }
+    if (
+        any(path.startswith("text_encoder_2.") for path in shapes)
+        or any(".transformer_blocks.1." in path for path in in_unet)
+        or FAMILIES["sdxl"].context_width in contexts
+    ):
+        return "sdxl"
+    if FAMILIES["sd2"].context_width in contexts | words or entries == {2}:
+        return "sd2"
+    if FAMILIES["sd1"].context_width in contexts or entries == {4}:
+        return "sd1"
+    return None
+
+
+def check_belongs(adapter: Adapter, models: Mapping[str, nn.Module], family: Family) -> None:
+    """Raise WrongFamily, in one sentence for its reader, if `adapter` is of another family than the model
+    with these components, or if a layer of it has another shape than the model's. Layers that the model
+    lacks are not this function's matter: they are counted by Coverage."""
+    shapes = {path: tuple(delta.shape()) for path, delta in adapter.deltas.items()}
+    own = family_of_layers(shapes) or adapter.family
+    if own is not None and own != family.key:
+        title = FAMILIES[own].title if own in FAMILIES else own
+        raise WrongFamily(
+            f"This is an {title} LoRA; the model is {family.title}. Load it on an {title} model."
+        )
+    for path, layer in resolve(shapes, dict(models)).items():
+        if not isinstance(getattr(layer, "weight", None), nn.Parameter):
+            raise WrongFamily(
+                f"{path} of this LoRA is a {type(layer).__name__} in this model, which has no weight to "
+                "change. Load it on the model it was trained on."
+            )
+        expected = tuple(weight_of(layer).shape)
+        if not (compatible(shapes[path], expected) or _flattened(expected) == shapes[path]):
+            why = "of other sizes" if own else f"of another kind than this {family.title} one"
+            raise WrongFamily(
+                f"{path} of this LoRA changes a weight of {by(shapes[path])}, in this model it has "
+                f"{by(expected)}. The LoRA was trained on a model {why}: load it on that."
+            )
+
+
+def compatible(found: Iterable[int], expected: Iterable[int]) -> bool:
+    """Whether a change of shape `found` fits a weight of shape `expected`. A linear layer and a 1x1
+    convolution of the same width are the same matrix."""
+    return _matrix(found) == _matrix(expected)
+
+
+def _flattened(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """(out, in, k, k) -> (out, in*k*k): all that the factors of a LoHa or LoKr convolution may tell."""
+    return (*shape[:1], math.prod(shape[1:]))
+
+
+def _matrix(shape: Iterable[int]) -> tuple[int, ...]:
+    shape = tuple(shape)
+    return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
+
+
+def by(shape: Iterable[Any]) -> str:
+    """(320, 768) -> "320 x 768"."""
+    return " x ".join(str(n) for n in shape)

@@ -1,0 +1,7 @@
+"""How a LoRA is spelled in files. Foreign names stop here."""
+
+from __future__ import annotations
+
+from lora_core.formats.files import read_adapter, write_adapter
+
+__all__ = ["read_adapter", "write_adapter"]

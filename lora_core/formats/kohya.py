@@ -1,0 +1,91 @@
+"""kohya's flat spelling. Written by kohya's trainer, LyCORIS and OneTrainer, read by A1111, Forge, ComfyUI.
+
+    lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight   (r, in[, k, k])
+    lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.weight     (out, r[, 1, 1])
+    lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.alpha              ()
+    lora_unet_input_blocks_4_1_proj_in.lora_down.weight            SDXL: kohya trains it under sgm's names
+    lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight     SD 1 and 2; SDXL: lora_te1_, lora_te2_
+    lora_unet_mid_block_resnets_0_conv1.lora_mid.weight            (r, r, k, k) LyCORIS' Tucker core
+    lora_unet_mid_block_attentions_0_proj_in.dora_scale            (out, 1[, 1, 1]), or (1, in[, 1, 1])
+
+ΔW = alpha/r · up · down; without alpha it is the rank.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from lora_core.adapter import Adapter
+from lora_core.formats.assembly import Part, Reading, alpha_tensor, assemble, factors
+from lora_core.formats.keys import adapter_path, flattened
+from lora_core.formats.metadata import with_hashes
+from lora_core.formats.sgm_names import to_sgm
+from lora_core.safe_files import Header, save_tensors
+
+PREFIXES = {
+    "lora_unet_": "unet",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "lora_te_": "text_encoder",
+}
+ROLES = {
+    "lora_down.weight": "down",
+    "lora_up.weight": "up",
+    "lora_mid.weight": "mid",
+    "alpha": "alpha",
+    "dora_scale": "magnitude",
+}
+SDXL_ATTENTION_UP = frozenset({0, 1})
+
+
+class Kohya:
+    name = "kohya"
+
+    def recognises(self, header: Header) -> bool:
+        return any(key.startswith(tuple(PREFIXES)) for key in header.tensors)
+
+    def read(self, header: Header) -> Reading:
+        return assemble(header, _spell)
+
+    def write(self, adapter: Adapter, path: Path, metadata: dict[str, str]) -> Path:
+        """With both hashes. An output-axis DoRA as (out, 1[, 1, 1]), an input-axis one as it came."""
+        tensors: dict[str, Tensor] = {}
+        names = _names(adapter)
+        for layer, delta in adapter.deltas.items():
+            low, magnitude = factors(layer, delta)
+            tensors[f"{names[layer]}.lora_down.weight"] = low.down
+            tensors[f"{names[layer]}.lora_up.weight"] = low.up
+            tensors[f"{names[layer]}.alpha"] = alpha_tensor(low.alpha, low.down.dtype)
+            if magnitude is not None:
+                tensors[f"{names[layer]}.dora_scale"] = magnitude
+        save_tensors(path, tensors, with_hashes(tensors, metadata))
+        return path
+
+
+def _spell(key: str) -> Part | None:
+    name, _, rest = key.partition(".")
+    role = ROLES.get(rest)
+    prefix = next((p for p in PREFIXES if name.startswith(p)), None)
+    if role is None or prefix is None:
+        return None
+    path = adapter_path(PREFIXES[prefix], name.removeprefix(prefix))
+    return None if path is None else Part(path, role)
+
+
+def _names(adapter: Adapter) -> dict[str, str]:
+    """Adapter path -> kohya's name. One UNet in one spelling: readers take a mixture for damaged."""
+    sdxl = adapter.family == "sdxl"
+    inside = {layer: layer.partition(".")[2] for layer in adapter.deltas if layer.startswith("unet.")}
+    if sdxl:
+        sgm = {layer: to_sgm(path, attention_up=SDXL_ATTENTION_UP) for layer, path in inside.items()}
+        if None not in sgm.values():
+            inside = {layer: path for layer, path in sgm.items() if path is not None}
+    first = "lora_te1_" if sdxl or "text_encoder_2" in adapter.components() else "lora_te_"
+    prefixes = {"unet": "lora_unet_", "text_encoder": first, "text_encoder_2": "lora_te2_"}
+    names: dict[str, str] = {}
+    for layer in adapter.deltas:
+        component, _, path = layer.partition(".")
+        names[layer] = prefixes[component] + flattened(inside.get(layer, path))
+    return names

@@ -1,0 +1,149 @@
+"""What a LoRA file says about itself, in the words A1111, civitai and ComfyUI know.
+
+    ss_base_model_version = "sdxl_base_v1-0"     kohya's; A1111 takes the family from it and from ss_v2
+    ss_network_dim = "16", ss_network_alpha = "8"
+    modelspec.architecture = "stable-diffusion-xl-v1-base/lora"
+    sshs_model_hash = SHA-256 of the tensors alone; its first 12 digits are civitai's AutoV3
+    sshs_legacy_hash = the first 8 digits of A1111's old hash
+
+Values are text without exception. Files travel: nothing here may tell of the disk they were made on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import PurePosixPath, PureWindowsPath
+
+from torch import Tensor
+
+from lora_core.adapter import Adapter
+from lora_core.deltas.magnitude import WithMagnitude
+from lora_core.errors import ConfigError
+from lora_core.families import FAMILIES
+from lora_core.formats.assembly import ranks_and_alphas
+from lora_core.safe_files import serialized
+
+HASHES = ("sshs_model_hash", "sshs_legacy_hash")
+# Facts of a file's spelling, not of the LoRA: they do not survive a change of spelling.
+OF_THE_FILE = (*HASHES, "format", "lora_adapter_metadata")
+MODELSPEC = "1.0.1"
+
+_ABSOLUTE = r"(?:file://|[A-Za-z]:[\\/]|\\\\[^\\\s]+\\|~[\\/]|/(?=[^/\s\"']+/))"
+_PATHS = (  # possessive: metadata comes from files too, and must not be able to make these slow
+    re.compile(rf"(?P<before>[\"'])(?P<path>{_ABSOLUTE}[^\"'\n]*+)(?=[\"'])"),  # in JSON, TOML or a list
+    re.compile(rf"(?P<before>\A\s*+)(?P<path>{_ABSOLUTE}[^\n\"']*+)(?=\s*\Z)"),  # the whole value
+    re.compile(rf"(?P<before>(?:^|[\s=(\[{{,;:]))(?P<path>{_ABSOLUTE}[^\s\"',;)\]}}]*)", re.MULTILINE),
+)
+
+
+def kohya_metadata(adapter: Adapter, *, family: str | None, facts: Mapping[str, str]) -> dict[str, str]:
+    """The metadata of a file, less its hashes (see with_hashes).
+
+    What the tensors themselves say (dim, alpha, module) is always stated anew; `facts` win over everything,
+    the adapter's own metadata over the defaults. Paths in values become file names. Raises ConfigError for a
+    value that is not text.
+    """
+    for key, value in facts.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise ConfigError(f"metadata {key!r} = {value!r:.60} is not text to text. Write it as text.")
+    own = {k: v for k, v in adapter.metadata.items() if k not in OF_THE_FILE}
+    if (named := family_of_metadata(own)) is not None and named != family:
+        for key in ("ss_base_model_version", "ss_v2", "modelspec.architecture"):
+            own.pop(key, None)
+    stated = {**own, **facts}
+    merged = {**_defaults(adapter, family, stated), **own, **_of_tensors(adapter), **facts}
+    return {
+        key: without_paths(value) if key != "modelspec.thumbnail" else value for key, value in merged.items()
+    }
+
+
+def with_hashes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, str]:
+    """`metadata` and the two hashes of `tensors`, as kohya computes them: over the file written with the ss_*
+    entries alone. The legacy hash looks at 64 KiB from 1 MiB on, so a smaller file has that of no bytes."""
+    rest = {k: v for k, v in metadata.items() if k not in HASHES}
+    data = serialized(tensors, {k: v for k, v in rest.items() if k.startswith("ss_")})
+    start = 8 + int.from_bytes(data[:8], "little")
+    model = hashlib.sha256(memoryview(data)[start:]).hexdigest()
+    legacy = hashlib.sha256(memoryview(data)[0x100000:0x110000]).hexdigest()[:8]
+    return {**rest, "sshs_model_hash": model, "sshs_legacy_hash": legacy}
+
+
+def family_of_metadata(metadata: Mapping[str, str]) -> str | None:
+    """What a file claims to be for, or None. Such claims are often wrong: shapes go first."""
+    version, architecture = (metadata.get(k, "") for k in ("ss_base_model_version", "modelspec.architecture"))
+    for family in FAMILIES.values():
+        if version in family.base_versions or architecture in family.architectures:
+            return family.key
+    starts = {"sdxl": "sdxl", "sd_v2": "sd2", "sd_v1": "sd1", "sd_1": "sd1", "sd_2": "sd2"}
+    return next((key for start, key in starts.items() if version.startswith(start)), None)
+
+
+def without_paths(value: str) -> str:
+    """Every absolute path in `value` cut down to its last name.
+
+    >>> without_paths('{"/home/ann/My dogs/10_rex": {"img_count": 12}}')
+    '{"10_rex": {"img_count": 12}}'
+    """
+    for pattern in _PATHS:
+        value = pattern.sub(lambda found: found["before"] + _last_name(found["path"]), value)
+    return value
+
+
+def _last_name(path: str) -> str:
+    windows = "\\" in path or re.match(r"[A-Za-z]:", path) is not None
+    return (PureWindowsPath(path) if windows else PurePosixPath(path)).name
+
+
+def _defaults(adapter: Adapter, family: str | None, stated: Mapping[str, str]) -> dict[str, str]:
+    """What readers expect and nobody has said."""
+    title = stated.get("ss_output_name") or adapter.name or "lora"
+    values = {"ss_output_name": title, "modelspec.sai_model_spec": MODELSPEC, "modelspec.title": title}
+    if family not in FAMILIES:
+        return values
+    row = FAMILIES[family]
+    v_prediction = (
+        stated.get("modelspec.prediction_type") == "v"
+        or stated.get("ss_base_model_version") in row.base_versions[1:]
+        or stated.get("modelspec.architecture") in row.architectures[1:]
+    )
+    which = -1 if v_prediction else 0  # the families that have a v-prediction kind name it last
+    # SD 2's epsilon models are the 512 ones
+    side = 512 if family == "sd2" and not v_prediction else row.resolution
+    return values | {
+        "ss_v2": str(family == "sd2"),
+        "ss_base_model_version": row.base_versions[which],
+        "modelspec.architecture": row.architectures[which],
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models"
+        if family == "sdxl"
+        else "diffusers",
+        "modelspec.resolution": f"{side}x{side}",
+        "modelspec.prediction_type": "v" if v_prediction else "epsilon",
+    }
+
+
+def _of_tensors(adapter: Adapter) -> dict[str, str]:
+    """kohya's names for rank and alpha; "Dynamic" where layers differ, as its resize script says it."""
+    ranks, alphas = ranks_and_alphas(adapter.deltas)
+    matrices = {p for p, d in adapter.deltas.items() if d.shape()[2:] in ((), (1, 1))}
+    convolutions = set(adapter.deltas) - matrices
+    args: dict[str, str] = {}
+    if convolutions:
+        args["conv_dim"] = _common([ranks[p] for p in convolutions])
+        args["conv_alpha"] = _common([alphas[p] for p in convolutions])
+    dora = any(isinstance(delta, WithMagnitude) for delta in adapter.deltas.values())
+    if dora:
+        args |= {"algo": "lora", "dora_wd": "True"}
+    plain = sorted(matrices or convolutions)
+    return {
+        "ss_network_module": "lycoris.kohya" if dora else "networks.lora",
+        "ss_network_dim": _common([ranks[p] for p in plain]),
+        "ss_network_alpha": _common([alphas[p] for p in plain]),
+        "ss_network_args": json.dumps(args, sort_keys=True),
+    }
+
+
+def _common(values: list[int] | list[float]) -> str:
+    return str(values[0]) if len(set(values)) == 1 else "Dynamic"

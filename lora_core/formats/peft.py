@@ -1,0 +1,144 @@
+"""PEFT's folders: adapter_model.safetensors beside adapter_config.json, a folder for each component.
+
+    base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight
+    base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_B.default.weight
+    base_model.model.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight    transformers 4, or _2
+    base_model.model.encoder.layers.0.self_attn.q_proj.lora_magnitude_vector       transformers 5
+
+The alphas stand in adapter_config.json. Which text encoder a file is for stands nowhere: its folder's name
+tells, or else its width (1280 is SDXL's second).
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from lora_core.adapter import COMPONENTS, Adapter
+from lora_core.errors import FileRefused, SaveFailed
+from lora_core.formats.assembly import Part, Reading, assemble, factors
+from lora_core.formats.diffusers import for_peft, in_config, role_of
+from lora_core.formats.keys import adapter_path
+from lora_core.formats.peft_config import Alphas, config_of, parse
+from lora_core.safe_files import Header, save_tensors, write_atomic
+
+PREFIX = "base_model.model."
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+MAX_CONFIG = 4 * 2**20  # bytes
+SECOND_ENCODER_WIDTH = 1280
+
+
+class Peft:
+    name = "peft"
+
+    def recognises(self, header: Header) -> bool:
+        return any(key.startswith(PREFIX) for key in header.tensors)
+
+    def read(self, header: Header) -> Reading:
+        alphas = _read_config(header.path.with_name(CONFIG))
+        encoder = _text_encoder(header)
+
+        def spell(key: str) -> Part | None:
+            known = role_of(key.removeprefix(PREFIX)) if key.startswith(PREFIX) else None
+            if known is None:
+                return None
+            name, role = known
+            path = adapter_path("unet", name) or adapter_path(encoder, name)
+            return None if path is None else Part(path, role)
+
+        return assemble(
+            header,
+            spell,
+            alpha_of=lambda path, rank: alphas.of(in_config(path.partition(".")[2]), rank),
+            magnitude_is_output=True,
+        )
+
+    def write(self, adapter: Adapter, path: Path, metadata: dict[str, str]) -> Path:
+        """`path` becomes a folder with one folder per component. Files of components that an earlier LoRA had
+        there are removed: read together they would be another LoRA."""
+        # transformers 5 names the first encoder's modules without text_model, the second's with it
+        as_model = {"unet": "", "text_encoder": "text_model.", "text_encoder_2": ""}
+        for component in adapter.components():
+            deltas = {p: d for p, d in adapter.deltas.items() if p.startswith(f"{component}.")}
+            config = config_of({in_config(p.partition(".")[2]): d for p, d in deltas.items()}, self.name)
+            tensors: dict[str, Tensor] = {}
+            for layer, delta in deltas.items():
+                low, magnitude = factors(layer, delta)
+                name = PREFIX + layer.partition(".")[2].removeprefix(as_model[component] or "\0")
+                tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = low.down, low.up
+                if magnitude is not None:
+                    tensors[f"{name}.lora_magnitude_vector"] = for_peft(layer, magnitude, self.name)
+            folder = path / component
+            _make(folder)
+            text = json.dumps(config, indent=2, sort_keys=True)
+            write_atomic(folder / CONFIG, partial(_write_text, text))
+            save_tensors(folder / WEIGHTS, tensors, {**metadata, "format": "pt"})
+        for component in set(COMPONENTS) - set(adapter.components()):
+            for stale in (path / component / WEIGHTS, path / component / CONFIG):
+                stale.unlink(missing_ok=True)
+        return path
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a LoRA that is a folder: PEFT's, with or without one per component, or diffusers' own.
+
+    Raises FileRefused if there are none.
+    """
+    candidates = (
+        [folder / WEIGHTS],
+        [folder / component / WEIGHTS for component in COMPONENTS],
+        [folder / "pytorch_lora_weights.safetensors"],
+    )
+    for files in candidates:
+        if found := [file for file in files if file.is_file()]:
+            return found
+    raise FileRefused(
+        f"{folder.name} is a folder without {WEIGHTS}, in itself or in folders named "
+        f"{', '.join(COMPONENTS)}. Choose a LoRA's folder or its .safetensors file."
+    )
+
+
+def _read_config(path: Path) -> Alphas:
+    try:
+        if path.stat().st_size > MAX_CONFIG:
+            raise FileRefused(f"{path.name} has more than {MAX_CONFIG:,} bytes: it is no PEFT configuration.")
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise FileRefused(
+            f"{path.name} cannot be read beside {WEIGHTS} in {path.parent.name}: without it alpha is "
+            "unknown. Put it there."
+        ) from problem
+    config = parse(text, path.name)
+    if config.get("peft_type", "LORA") != "LORA":
+        raise FileRefused(
+            f"{path.name} says {str(config['peft_type'])[:40]}: not supported by this version. Use a LORA "
+            "adapter."
+        )
+    return Alphas(config, path.name)
+
+
+def _text_encoder(header: Header) -> str:
+    if header.path.parent.name in COMPONENTS[1:]:
+        return header.path.parent.name
+    widths = {
+        info.shape[-1]
+        for key, info in header.tensors.items()
+        if key.endswith("_proj.lora_A.weight") or key.endswith("_proj.lora_A.default.weight")
+    }
+    return "text_encoder_2" if widths == {SECOND_ENCODER_WIDTH} else "text_encoder"
+
+
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text, "utf-8")
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise SaveFailed(
+            f"The folder {folder} could not be made: {problem.strerror}. Choose another place for it."
+        ) from problem

@@ -1,0 +1,316 @@
+"""open_base: a base model from wherever it lies, with its weights read safely and proved later.
+
+    "demo"                           the small model that comes with the program
+    folder                           diffusers' layout (model_index.json), SD 1.x, SD 2.x or SDXL
+    file.safetensors                 an SD 1.x checkpoint as civitai has them; opened without any network
+    owner/name                       a diffusers repository of the Hugging Face hub, downloaded once
+
+Weights are read by safe_files and never mapped, into modules built on the meta device: at no time are there
+two copies of the model in memory. Old repositories' safety checker is not loaded, nor any code of theirs.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from lora_core.base_files import (
+    Stored,
+    check_counts,
+    class_in,
+    fill,
+    folder_keys,
+    locate,
+    model_index,
+    read_json,
+    weight_files,
+)
+from lora_core.clip_vocabulary import SIZE, clip_merges, clip_vocabulary
+from lora_core.errors import FileRefused
+from lora_core.families import Family, family_of_unet
+from lora_core.ldm_names import ldm_keys
+from lora_core.safe_files import read_header
+from lora_core.single_file import describe
+
+DEMO = Path(__file__).resolve().parent.parent / "presets" / "demo" / "base"
+SINGLE = ("unet", "vae", "text_encoder")
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = ["model_index.json", "scheduler/*.json", "tokenizer*/*", "*/config.json"]
+# A model's parts by name (modules still on the meta device), where their weights lie, and what is left over.
+Found = tuple[dict[str, Any], tuple[Stored, ...], tuple[str, ...]]
+Build = Callable[[dict[str, Any]], nn.Module]
+_BUILDERS: dict[str, Build] = {
+    "UNet2DConditionModel": UNet2DConditionModel.from_config,
+    "AutoencoderKL": AutoencoderKL.from_config,
+    "CLIPTextModel": lambda config: CLIPTextModel(CLIPTextConfig.from_dict(config)),
+    "CLIPTextModelWithProjection": lambda config: CLIPTextModelWithProjection(
+        CLIPTextConfig.from_dict(config)
+    ),
+}
+_EXPECTED = {
+    "unet": "UNet2DConditionModel",
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModel",
+    "text_encoder_2": "CLIPTextModelWithProjection",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class OpenedBase:
+    """An opened base model and the way back to its files.
+
+    pipeline    a StableDiffusion(XL)Pipeline on its device, frozen
+    path        the folder or file it was read from
+    unused      tensors of the files that belong to nothing in this model, by key
+    stored      where each parameter lies
+    """
+
+    pipeline: Any
+    family: Family
+    name: str
+    path: Path
+    unused: tuple[str, ...] = ()
+    stored: tuple[Stored, ...] = field(default=(), repr=False)
+
+    @functools.cached_property
+    def model_hash(self) -> str | None:
+        """First 10 hex of a single file's SHA-256 (civitai's AutoV2); None for a folder."""
+        if self.path.is_dir():
+            return None
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:10]
+
+    def checkpoint_tensors(self) -> Iterator[tuple[str, str, Tensor]]:
+        """(component, live parameter name, tensor), every parameter once, read from disk again.
+
+        Shapes are the live model's, the dtype is the file's: `tensor.to(live.dtype)` equals an untouched live
+        parameter bit for bit. Raises FileRefused if a file has changed since.
+        """
+        for part in self.stored:
+            for name, tensor in part.tensors():
+                yield part.component, name, tensor
+
+
+def open_base(source: str | Path, *, device: Any = None, dtype: torch.dtype | None = None) -> OpenedBase:
+    """Open "demo", a diffusers folder, an SD 1.x .safetensors file or a hub id.
+
+    device None is the best there is (cuda, mps, cpu); dtype None is fp16 on cuda and fp32 elsewhere. Raises
+    FileRefused, whose sentence says what was found, what was expected and what to do. Tensors that nothing
+    needs are named in a warning and in `unused`.
+    """
+    device = torch.device(device) if device is not None else _best_device()
+    dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
+    name, path = _find(source)
+    parts, stored, unused = _folder(path) if path.is_dir() else _single(path)
+    family = family_of_unet(parts["unet"])
+    if (family.key == "sdxl") != ("text_encoder_2" in parts):
+        raise FileRefused(
+            f"{name} has the UNet of {family.title} but not its text encoders: its parts belong to different "
+            "models. Download it again."
+        )
+    for part in stored:  # now that nothing can be refused any more: this reads gigabytes
+        fill(parts[part.component], part, device=device, dtype=dtype)
+    pipeline = _assemble(parts)
+    pipeline.to(device)  # weights are there already: this moves the buffers
+    if unused:
+        shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
+        warnings.warn(
+            f"{name}: {len(unused)} tensors belong to nothing in an {family.title} model and are not used: "
+            f"{shown}.",
+            stacklevel=2,
+        )
+    return OpenedBase(pipeline, family, name, path, unused, stored)
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    """CLIP's tokenizer, from the vocabulary that is shipped; 77 tokens at most."""
+    return CLIPTokenizer(vocab=clip_vocabulary(), merges=list(clip_merges()), model_max_length=77)
+
+
+def _assemble(parts: dict[str, Any]) -> Any:
+    if "text_encoder_2" in parts:
+        return StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    return StableDiffusionPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+
+
+def _best_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _find(source: str | Path) -> tuple[str, Path]:
+    """-> display name and a path that exists; downloads where the source is a hub id."""
+    if source == "demo":
+        if not DEMO.is_dir():
+            raise FileRefused(
+                "The demo base is not in this installation (presets/demo/base is missing). Make it with "
+                "`python -m trainers.demo_base`, or open another model."
+            )
+        return "demo", DEMO
+    path = Path(source).expanduser()
+    if path.suffix.lower() in PICKLES and not path.is_dir():
+        raise FileRefused(
+            f"{path.name} is a pickle file ({path.suffix}), which can run code when opened; only "
+            ".safetensors is read. Get its .safetensors version, or convert it with a tool you trust, "
+            "such as the merger of A1111's web UI."
+        )
+    if path.is_dir():
+        return path.resolve().name, path
+    if path.exists():
+        return path.stem, path
+    if isinstance(source, str) and _HUB_ID.fullmatch(source) and path.suffix != ".safetensors":
+        return source.split("/")[1], _download(source)
+    raise FileRefused(
+        f'"{source}" does not exist; a folder, a .safetensors file or owner/name of the hub was expected.'
+    )
+
+
+def _download(hub_id: str) -> Path:
+    """-> the snapshot's folder: configurations and safetensors alone, fp16 ones where there are no others."""
+    wanted = [*_HUB_FILES, *(f"{component}/*.safetensors*" for component in _EXPECTED)]
+    try:
+        for unwanted in (["*.fp16.*", "*.non_ema.*"], ["*.non_ema.*"]):
+            folder = Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=unwanted))
+            if list(folder.glob("unet/*.safetensors")):
+                break
+    except (OSError, ValueError, RuntimeError) as problem:  # the hub's errors are of these kinds
+        reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
+        raise FileRefused(
+            f'"{hub_id}" is no folder here, and could not be fetched from the Hugging Face hub ({reason}). '
+            "Check the name and the connection, or give the path of a model on this computer."
+        ) from problem
+    return folder
+
+
+# --- folders ---
+
+
+def _folder(folder: Path) -> Found:
+    index = model_index(folder)
+    xl = index["_class_name"] == "StableDiffusionXLPipeline"
+    components = [c for c in _EXPECTED if xl or c != "text_encoder_2"]
+    parts: dict[str, Any] = {}
+    stored, unused = [], []
+    for component in components:
+        found = class_in(index, component)
+        if found != _EXPECTED[component]:
+            raise FileRefused(
+                f"{folder.name} has {found or 'nothing'} as its {component}; {_EXPECTED[component]} was "
+                "expected. Open an SD 1.x, SD 2.x or SDXL model."
+            )
+        headers = weight_files(folder / component)
+        model = _build(found, read_json(folder / component / "config.json"), f"{folder.name}/{component}")
+        names = [name for name, _ in model.named_parameters()]
+        part = locate(component, model, folder_keys(names, headers), headers)
+        _refuse_other_unet(folder.name, part)
+        parts[component] = model
+        stored.append(part)
+        unused += [f"{component}: {key}" for key in part.unused]
+    parts["scheduler"] = _scheduler(folder, class_in(index, "scheduler"))
+    for tokenizer in ["tokenizer", "tokenizer_2"] if xl else ["tokenizer"]:
+        parts[tokenizer] = _tokenizer(folder / tokenizer)
+    if xl:
+        parts["force_zeros_for_empty_prompt"] = bool(index.get("force_zeros_for_empty_prompt", True))
+    return parts, tuple(stored), tuple(unused)
+
+
+def _scheduler(folder: Path, name: str) -> Any:
+    scheduler: Any = getattr(diffusers, name, None) if name.isidentifier() else None
+    known = inspect.isclass(scheduler) and issubclass(scheduler, SchedulerMixin)
+    if not known:
+        raise FileRefused(f'{folder.name} asks for the scheduler "{name}", which diffusers does not have.')
+    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    steps = config.get("num_train_timesteps", 1000)
+    if not (isinstance(steps, int) and 1 <= steps <= 10_000):
+        raise FileRefused(
+            f"{folder.name}/scheduler: num_train_timesteps must be 1 to 10,000 (1,000 is usual)."
+        )
+    try:
+        return scheduler.from_config(config)
+    except (ValueError, TypeError, NotImplementedError) as problem:
+        raise FileRefused(
+            f"{folder.name}/scheduler cannot be used ({problem}). Download the model again."
+        ) from problem
+
+
+def _tokenizer(folder: Path) -> CLIPTokenizer:
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError) as problem:
+        raise FileRefused(
+            f"{folder.parent.name}/{folder.name} holds no CLIP tokenizer that can be read. Download the "
+            "model again."
+        ) from problem
+
+
+# --- single files ---
+
+
+def _single(path: Path) -> Found:
+    header = read_header(path)
+    file = describe(header)
+    configs = {"unet": file.unet, "vae": file.vae, "text_encoder": file.text_encoder}
+    parts: dict[str, Any] = {}
+    stored = []
+    for component in SINGLE:
+        model = _build(_EXPECTED[component], configs[component], path.name)
+        keys = ldm_keys(component, [name for name, _ in model.named_parameters()])
+        stored.append(locate(component, model, {n: file.key(k) for n, k in keys.items()}, [header]))
+        parts[component] = model
+    unused = file.leftovers({key for part in stored for _, key in part.places.values()})
+    _refuse_other_unet(
+        path.name, Stored("unet", {}, {}, tuple(k for k in unused if k.startswith("model.diffusion_model.")))
+    )
+    if file.text_encoder["vocab_size"] > SIZE:
+        unused += (f"words {SIZE} to {file.text_encoder['vocab_size'] - 1} of the text encoder",)
+    parts |= {"tokenizer": clip_tokenizer(), "scheduler": DDIMScheduler.from_config(file.scheduler)}
+    return parts, tuple(stored), unused
+
+
+def _build(kind: str, config: dict[str, Any], where: str) -> nn.Module:
+    """The module on the meta device: no memory, no time spent on random weights."""
+    check_counts(config, where)
+    try:
+        with torch.device("meta"):
+            return _BUILDERS[kind](config)
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError) as problem:
+        # libraries' constructors refuse a bad configuration in all these ways
+        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+        raise FileRefused(
+            f"{where} describes no {kind} that can be built ({reason}). Download the model again, or open "
+            "another."
+        ) from problem
+
+
+def _refuse_other_unet(name: str, part: Stored) -> None:
+    """A UNet with parts that have no place in ours would draw something else than its makers meant."""
+    if part.component == "unet" and part.unused:
+        raise FileRefused(
+            f"{name} has {len(part.unused)} tensors in its UNet that a plain Stable Diffusion UNet does "
+            f"not have ({part.unused[0]}): it is a special model. Open a text-to-image model."
+        )

@@ -1,0 +1,159 @@
+"""A recipe: everything one call for pictures needs, as TOML or as flags, and the making of it.
+
+base = "demo"
+prompt = "a zxq animal on a blue background"
+seed = 3
+weights = [0, 0.5, 1]          # one picture per factor, side by side; leave out for `count` pictures
+
+[loras]
+"runs/demo/demo.safetensors" = 0.8
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from lora_core.errors import ConfigError, LoraError, did_you_mean
+from lora_core.generation import GeneratedImage, GenerationRequest, save_png
+from lora_core.mix import AdapterWeight, WeightValue
+from lora_core.pipeline import LivePipeline
+from lora_core.safe_files import write_atomic
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    base: str = "demo"
+    prompt: str = ""
+    negative_prompt: str = ""
+    seed: int = 0
+    steps: int = 25
+    guidance: float = 7.5
+    count: int = 1
+    width: int | None = None
+    height: int | None = None
+    loras: dict[str, WeightValue] = field(default_factory=dict)
+    weights: tuple[float, ...] = ()
+    fuse: bool = False
+    out: Path = Path("outputs")
+
+    @classmethod
+    def read(cls, path: Path) -> Recipe:
+        """From TOML; LoRA paths are relative to the recipe's own folder. Unknown keys are a ConfigError."""
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as problem:
+            raise ConfigError(
+                f"The recipe {path} cannot be read: {problem.strerror}. Check the path."
+            ) from problem
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+            raise ConfigError(f"The recipe {path} is not TOML: {problem}.") from problem
+        known = [f.name for f in fields(cls)]
+        for key in table:
+            if key not in known:
+                raise ConfigError(f'{path.name}: "{key}" is no part of a recipe.{did_you_mean(key, known)}')
+        loras = table.get("loras", {})
+        if not isinstance(loras, dict):
+            raise ConfigError(f'{path.name}: [loras] must be a table, such as "cat.safetensors" = 0.8.')
+        table["loras"] = {str(path.parent / name): weight for name, weight in loras.items()}
+        for name in ("weights", "out"):
+            if name in table:
+                table[name] = tuple(table[name]) if name == "weights" else Path(table[name])
+        return cls(**table)
+
+    def with_flags(self, flags: Mapping[str, Any]) -> Recipe:
+        """The recipe with every flag that was given; --lora adds to its LoRAs."""
+        given = {
+            f.name: flags[f.name] for f in fields(self) if flags.get(f.name) is not None and f.name != "loras"
+        }
+        if "weights" in given:
+            given["weights"] = tuple(given["weights"])
+        loras = {**self.loras, **dict(split_weight(text) for text in flags.get("lora") or ())}
+        return replace(self, **given, loras=loras)
+
+    def request(self, mixes: list[Mapping[str, WeightValue]] | None) -> GenerationRequest:
+        if not self.prompt.strip():
+            raise ConfigError('There is no prompt. Give one, such as --prompt "a cat on a red background".')
+        return GenerationRequest(
+            prompt=self.prompt,
+            negative_prompt=self.negative_prompt,
+            seed=self.seed,
+            steps=self.steps,
+            guidance=self.guidance,
+            width=self.width,
+            height=self.height,
+            count=1 if mixes else self.count,
+            mixes=mixes,
+        )
+
+
+def split_weight(text: str) -> tuple[str, float]:
+    """ "file.safetensors:0.8" -> file, weight. A colon without a number after it belongs to the path (C:\\...)."""
+    match = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+))", text)
+    return (match[1], float(match[2])) if match else (text, 1.0)
+
+
+def make(recipe: Recipe) -> Iterator[str]:
+    """Open the base, wear the LoRAs, make and save the pictures, take the LoRAs off again and prove it.
+
+    Yields one line for each thing done.
+    """
+    request = recipe.request(None)  # a missing prompt is said before minutes of loading
+    pipe = LivePipeline.open(recipe.base)
+    yield f"{pipe.base_name}: {pipe.family.title}"
+    names: dict[str, WeightValue] = {}
+    for file, weight in recipe.loras.items():
+        name = Path(file).stem
+        if name in names:
+            raise LoraError(f'Two LoRAs are called "{name}": rename one of the files.')
+        coverage = pipe.load(file, name=name, weight=weight)
+        names[name] = weight
+        yield f"{name} at {weight}: {coverage}"
+    if recipe.weights:
+        if not names:
+            raise ConfigError("weights need a LoRA to weigh: give --lora FILE.")
+        full = {name: AdapterWeight.parse(name, weight) for name, weight in names.items()}
+        request = recipe.request(
+            [{n: w.scaled(factor).plain for n, w in full.items()} for factor in recipe.weights]
+        )
+    elif recipe.fuse:
+        pipe.fuse()
+        yield "fused into the base weights"
+    pictures = pipe.generate(request)
+    folder = recipe.out
+    folder.mkdir(parents=True, exist_ok=True)
+    for picture in pictures:
+        path = _free_name(folder, picture)
+        save_png(picture, path)
+        yield f"{path} (seed {picture.seed}{f', {picture.weights}' if picture.weights else ''})"
+    if len(pictures) > 1:
+        path = _free_name(folder, pictures[0], "strip")
+        strip = _strip([p.image for p in pictures])
+        write_atomic(path, lambda target: strip.save(target, "PNG"))
+        yield f"{path} (side by side)"
+    if names:
+        pipe.unload()
+        yield f"unloaded; {pipe.verify_base()}"
+
+
+def _free_name(folder: Path, picture: GeneratedImage, kind: str = "") -> Path:
+    """A file that does not exist yet: nothing is written over."""
+    number = 0
+    while True:
+        path = folder / f"{number:05d}-{picture.seed}{'-' + kind if kind else ''}.png"
+        if not path.exists():
+            return path
+        number += 1
+
+
+def _strip(images: list[Image.Image]) -> Image.Image:
+    page = Image.new("RGB", (sum(i.width + 4 for i in images) - 4, images[0].height), "white")
+    for position, image in enumerate(images):
+        page.paste(image, (position * (images[0].width + 4), 0))
+    return page

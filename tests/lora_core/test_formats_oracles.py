@@ -1,0 +1,314 @@
+"""Spellings against other people's readers and writers: diffusers, PEFT, LyCORIS. alpha is never the rank.
+
+The oracle of a weight is our dense formula: W + algebra.low_rank(...), or algebra.dora_delta(...).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from lora_core.adapter import Adapter, file_path, resolve, weight_of
+from lora_core.deltas import Delta
+from lora_core.deltas.low_rank import LowRank
+from lora_core.deltas.magnitude import WithMagnitude
+from lora_core.formats import read_adapter, write_adapter
+from tests.small_models import small_pipeline
+
+# PEFT asks transformers for an attribute that has a new name
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+EVERY_KIND = (
+    "attn1.to_q",
+    "attn2.to_k",
+    "attn2.to_v",
+    "to_out.0",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "proj_in",
+    "proj_out",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "time_emb_proj",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "q_proj",
+    "out_proj",
+    "fc1",
+    "fc2",
+)
+SOME_KINDS = (
+    "attn2.to_k",
+    "to_out.0",
+    "ff.net.2",
+    "proj_in",
+    "conv1",
+    "downsamplers.0.conv",
+    "q_proj",
+    "fc2",
+)
+
+
+def models(pipe: Any) -> dict[str, nn.Module]:
+    return {c: getattr(pipe, c) for c in COMPONENTS if getattr(pipe, c, None) is not None}
+
+
+def adapter_for(
+    pipe: Any,
+    family: str,
+    *,
+    dora: bool = False,
+    alphas: tuple[float, ...] = (3.0,),
+    ranks: tuple[int, ...] = (2,),
+    kinds: tuple[str, ...] = EVERY_KIND,
+) -> Adapter:
+    """A random LoRA for every layer of these kinds, small enough to leave the models in their senses."""
+    g, deltas = torch.Generator().manual_seed(1), dict[str, Delta]()
+    for component, model in models(pipe).items():
+        for path, layer in model.named_modules():
+            if not isinstance(layer, nn.Linear | nn.Conv2d) or not path.endswith(kinds):
+                continue
+            (out, *inner), i = layer.weight.shape, len(deltas)
+            rank = ranks[i % len(ranks)]
+            down = torch.randn(rank, *inner, generator=g) / inner[0] ** 0.5
+            up = torch.randn(out, rank, *[1] * (len(inner) - 1), generator=g) * 0.1
+            low = LowRank(down, up, alphas[i % len(alphas)])
+            gain = torch.rand(out, generator=g) + 0.5
+            column = (layer.weight.flatten(1).norm(dim=1) * gain).reshape(-1, *[1] * len(inner))
+            deltas[file_path(component, path)] = WithMagnitude(low, column) if dora else low
+    assert len(deltas) > 20
+    return Adapter(deltas, family=family, name="x")
+
+
+def dense_weights(adapter: Adapter, base: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """Adapter path -> what the layer's weight should become."""
+    layers = resolve(adapter.deltas, dict(base))
+    assert len(layers) == len(adapter.deltas)
+    return {
+        p: weight_of(m).detach() + adapter.deltas[p].delta(weight_of(m).detach()) for p, m in layers.items()
+    }
+
+
+def assert_wears(pipe_models: Mapping[str, nn.Module], expected: dict[str, torch.Tensor]) -> None:
+    """PEFT's layers in these models, merged, have exactly the expected weights, and there are no others."""
+    found = 0
+    for component, model in pipe_models.items():
+        inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+        for path, layer in list(inner.named_modules()):
+            if not isinstance(layer, LoraLayer):
+                continue
+            found += 1
+            layer.merge()
+            name = file_path(component, path)
+            torch.testing.assert_close(
+                layer.get_base_layer().weight.detach(), expected[name], atol=2e-5, rtol=1e-4
+            )
+    assert found == len(expected)
+
+
+@torch.no_grad()
+def unet_output(pipe: Any) -> torch.Tensor:
+    g = torch.Generator().manual_seed(3)
+    config = pipe.unet.config
+    args: dict[str, Any] = {
+        "encoder_hidden_states": torch.randn(1, 7, config.cross_attention_dim, generator=g)
+    }
+    if config.addition_embed_type == "text_time":
+        width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        args["added_cond_kwargs"] = {
+            "text_embeds": torch.randn(1, width, generator=g),
+            "time_ids": torch.ones(1, 6),
+        }
+    return pipe.unet(torch.randn(1, 4, 16, 16, generator=g), 7, **args).sample
+
+
+@torch.no_grad()
+def put(weights: dict[str, torch.Tensor], base: Mapping[str, nn.Module]) -> None:
+    for path, layer in resolve(weights, dict(base)).items():
+        weight_of(layer).copy_(weights[path])
+
+
+def load(pipe: Any, path: Path) -> None:
+    pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="x")
+
+
+# ---------------------------------------------------------------- diffusers reads what we write
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("spelling", ["kohya", "diffusers"])
+def test_diffusers_loads_our_file_to_the_same_weights_and_images(
+    family: str, spelling: str, tmp_path: Path
+) -> None:
+    pipe, dense = small_pipeline(family), small_pipeline(family)
+    adapter = adapter_for(pipe, family)
+    expected = dense_weights(adapter, models(pipe))
+    base = unet_output(pipe)
+    load(pipe, write_adapter(adapter, tmp_path / "x", spelling=spelling))
+    worn = unet_output(pipe)
+    put(expected, models(dense))
+    torch.testing.assert_close(worn, unet_output(dense), atol=1e-4, rtol=1e-4)
+    assert (worn - base).abs().max() > 0.01
+    assert_wears(models(pipe), expected)
+
+
+def test_diffusers_loads_ranks_and_alphas_that_differ_by_layer(tmp_path: Path) -> None:
+    pipe = small_pipeline("sd1")
+    adapter = adapter_for(pipe, "sd1", kinds=SOME_KINDS, ranks=(2, 3, 3), alphas=(0.5, 2.0, 1.25, 5.0))
+    expected = dense_weights(adapter, models(pipe))
+    load(pipe, write_adapter(adapter, tmp_path / "x", spelling="diffusers"))
+    assert_wears(models(pipe), expected)
+
+
+@pytest.mark.parametrize("kinds", [SOME_KINDS, ("fc1", "fc2", "to_q", "to_k")])
+def test_diffusers_loads_our_dora(kinds: tuple[str, ...], tmp_path: Path) -> None:
+    """Also without any attention layer in the text encoder, which diffusers reads from one spelling only."""
+    pipe = small_pipeline("sd1", text_layers=8)
+    adapter = adapter_for(pipe, "sd1", dora=True, kinds=kinds)
+    expected = dense_weights(adapter, models(pipe))
+    load(pipe, write_adapter(adapter, tmp_path / "x", spelling="diffusers"))
+    assert_wears(models(pipe), expected)
+
+
+# ---------------------------------------------------------------- we read what diffusers writes or wrote
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_what_diffusers_saves_today_is_read(family: str, tmp_path: Path) -> None:
+    pipe = small_pipeline(family)
+    adapter = adapter_for(pipe, family, kinds=SOME_KINDS, alphas=(3.0, 5.0))
+    load(pipe, write_adapter(adapter, tmp_path / "x", spelling="diffusers"))
+    arguments: dict[str, Any] = {}
+    for component, model in models(pipe).items():
+        arguments[f"{component}_lora_layers"] = peft.get_peft_model_state_dict(model, adapter_name="x")
+        arguments[f"{component}_lora_adapter_metadata"] = {
+            k: v for k, v in model.peft_config["x"].to_dict().items() if not isinstance(v, (set, type(None)))
+        }
+    type(pipe).save_lora_weights(tmp_path / "theirs", **arguments)
+    read = read_adapter(tmp_path / "theirs")
+    assert read.unused == ()
+    assert set(read.deltas) == set(adapter.deltas)
+    for path, delta in adapter.deltas.items():
+        like = torch.zeros(delta.shape())
+        torch.testing.assert_close(read.deltas[path].delta(like), delta.delta(like))
+
+
+def old_names(adapter: Adapter, generation: str) -> Iterator[tuple[str, torch.Tensor]]:
+    for path, delta in adapter.deltas.items():
+        assert isinstance(delta, LowRank)
+        parent, _, last = path.replace(".to_out.0", ".to_out").rpartition(".")
+        for way, tensor in (("down", delta.down), ("up", delta.up)):
+            if generation == "2023":
+                middle = "lora" if path.startswith("unet") else "lora_linear_layer"
+                yield f"{path}.{middle}.{way}.weight", tensor
+            elif path.startswith("unet"):
+                yield f"{parent}.processor.{last}_lora.{way}.weight", tensor
+            else:
+                yield f"{parent}.to_{last.removesuffix('_proj')}_lora.{way}.weight", tensor
+
+
+@pytest.mark.parametrize("generation", ["2023", "processors"])
+def test_old_spellings_of_diffusers_mean_to_us_what_they_mean_to_it(generation: str, tmp_path: Path) -> None:
+    pipe = small_pipeline("sd1")
+    kinds = ("attn1.to_q", "attn2.to_v", "to_out.0", "q_proj", "out_proj")
+    adapter = adapter_for(pipe, "sd1", kinds=kinds, alphas=(2.0,))  # no alpha can be said: it is the rank
+    path = tmp_path / "old.safetensors"
+    safetensors.torch.save_file(dict(old_names(adapter, generation)), path)
+    read = read_adapter(path)
+    assert (set(read.deltas), read.unused) == (set(adapter.deltas), ())
+    expected = dense_weights(read, models(pipe))
+    load(pipe, path)
+    assert_wears(models(pipe), expected)
+
+
+# ---------------------------------------------------------------- PEFT
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_peft_loads_our_folder(dora: bool, tmp_path: Path) -> None:
+    pipe = small_pipeline("sdxl")
+    adapter = adapter_for(pipe, "sdxl", dora=dora, kinds=SOME_KINDS, ranks=(2, 3), alphas=(3.0, 0.5, 7.0))
+    expected = dense_weights(adapter, models(pipe))
+    folder = write_adapter(adapter, tmp_path / "x", spelling="peft")
+    worn = {c: peft.PeftModel.from_pretrained(m, folder / c) for c, m in models(pipe).items()}
+    assert_wears(worn, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}], ids=str)
+def test_what_peft_saves_is_read(options: dict[str, bool], tmp_path: Path) -> None:
+    pipe = small_pipeline("sd1")
+    base = copy.deepcopy(models(pipe))
+    torch.manual_seed(0)
+    worn = {}
+    patterns: dict[str, Any] = {
+        "unet": {
+            "target_modules": ["to_q", "to_out.0", "proj_in", "conv1"],
+            "rank_pattern": {"proj_in": 2},
+            "alpha_pattern": {"attn1.to_q": 5, "^down_blocks.0.resnets.0.conv1": 7},
+        },
+        "text_encoder": {
+            "target_modules": ["q_proj", "fc2"],
+            "rank_pattern": {"fc2": 6},
+            "alpha_pattern": {"encoder.layers.1.mlp.fc2": 9},
+        },
+    }
+    for component, model in models(pipe).items():
+        config = peft.LoraConfig(r=4, lora_alpha=3, init_lora_weights=False, **patterns[component], **options)
+        worn[component] = peft.get_peft_model(model, config)
+        worn[component].save_pretrained(tmp_path / component)
+    read = read_adapter(tmp_path)
+    assert read.unused == ()
+    assert_wears(worn, dense_weights(read, base))
+
+
+def test_injected_form_accepts_our_tensors(tmp_path: Path) -> None:
+    """set_peft_model_state_dict on a bare UNet, as training scripts resume."""
+    pipe = small_pipeline("sd2")
+    adapter = adapter_for(pipe, "sd2", kinds=SOME_KINDS)
+    unet = Adapter({p: d for p, d in adapter.deltas.items() if p.startswith("unet.")})
+    expected = dense_weights(unet, models(pipe))
+    folder = write_adapter(unet, tmp_path / "x", spelling="peft") / "unet"
+    peft.inject_adapter_in_model(peft.LoraConfig.from_pretrained(folder), pipe.unet)
+    state = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    result = peft.set_peft_model_state_dict(pipe.unet, state)
+    assert not result.unexpected_keys
+    assert_wears({"unet": pipe.unet}, expected)
+
+
+# ---------------------------------------------------------------- LyCORIS
+
+
+@pytest.mark.parametrize(
+    ("tucker", "dora", "on_out"), [(True, False, True), (False, True, True), (False, True, False)]
+)
+def test_locon_of_lycoris_is_read(tucker: bool, dora: bool, on_out: bool, tmp_path: Path) -> None:
+    for needed in ("einops", "toml"):  # half an import of LyCORIS would succeed at the second try
+        pytest.importorskip(needed, reason=f"LyCORIS cannot be imported without {needed}")
+    locon = pytest.importorskip("lycoris.modules.locon")
+    torch.manual_seed(0)
+    layer = nn.Conv2d(6, 10, 3, padding=1)
+    name = "lora_unet_mid_block_resnets_0_conv1"
+    module = locon.LoConModule(
+        name, layer, lora_dim=4, alpha=3, use_tucker=tucker, weight_decompose=dora, wd_on_output=on_out
+    )
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    state = {f"{name}.{key}": value.detach().contiguous() for key, value in module.state_dict().items()}
+    safetensors.torch.save_file(state, tmp_path / "x.safetensors")
+    read = read_adapter(tmp_path / "x.safetensors")
+    assert read.unused == ()
+    merged = module.get_merged_weight(multiplier=1)[0].detach()
+    ours = layer.weight + read.deltas["unet.mid_block.resnets.0.conv1"].delta(layer.weight.detach())
+    torch.testing.assert_close(ours.detach(), merged, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,249 @@
+"""Bad input gets a sentence and loses nothing. Real child processes, real signals, real files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lora_core import read_adapter
+from tests.trainers.runs import base_folder, config, events_in, pictures, refusal
+from trainers import checkpoints, presets
+from trainers.dreambooth import train
+
+ROOT = Path(__file__).resolve().parents[2]
+PHOTOS = ROOT.parent / "shared" / "data" / "dreambooth" / "dog"
+
+
+def preset_file(tmp: Path, base: Path, extra: str = "") -> Path:
+    settings = config(tmp, base)
+    path = tmp / "preset.toml"
+    path.write_text(presets.dump(settings) + extra, encoding="utf-8")
+    return path
+
+
+def launch(*words: str, limit: int | None = None) -> subprocess.CompletedProcess[str]:
+    """`launch.py` in a child. `limit` is the most bytes it may write into one file: a disk that is full."""
+    code = "import resource,signal,sys,launch;"
+    if limit is not None:
+        code += "signal.signal(signal.SIGXFSZ,signal.SIG_IGN);"
+        code += f"resource.setrlimit(resource.RLIMIT_FSIZE,({limit},{limit}));"
+    code += "sys.exit(launch.main(sys.argv[1:]))"
+    return subprocess.run(
+        [sys.executable, "-c", code, *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return base_folder(tmp_path_factory.mktemp("bad") / "base")
+
+
+def test_empty_folder(tmp_path: Path, base: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "notes.doc").write_text("x")
+    said = refusal(config(tmp_path, base))
+    assert "holds no pictures" in said
+    assert "notes.doc" in said
+    assert ".jpg" in said
+
+
+def test_misspelt_key(tmp_path: Path, base: Path) -> None:
+    preset = preset_file(tmp_path, base)
+    preset.write_text(preset.read_text().replace("learning_rate = ", "lerning_rate = ", 1))
+    result = launch("--train", str(preset))
+    assert result.returncode == 2
+    assert 'Did you mean "learning_rate"' in result.stderr
+    assert not (tmp_path / "runs").exists()
+    assert "Traceback" not in result.stderr
+
+
+def test_corrupt_jpeg_among_good_ones_is_named_and_skipped_or_refused(tmp_path: Path, base: Path) -> None:
+    pictures(tmp_path / "images", 3)
+    good = tmp_path / "good.jpg"
+    Image.open(tmp_path / "images" / "0.png").save(good)
+    (tmp_path / "images" / "broken.jpg").write_bytes(good.read_bytes()[:300])
+    lora = train(config(tmp_path, base, train={"steps": 1}))
+    notes = " ".join(e.get("text", "") for e in events_in(lora.parent))
+    assert "broken.jpg" in notes
+    assert read_adapter(lora).metadata["ss_num_train_images"] == "3"
+    assert "broken.jpg" in refusal(config(tmp_path, base, data={"bad_images": "refuse"}))
+
+
+def test_another_familys_lora_to_start_from(tmp_path: Path, base: Path) -> None:
+    pictures(tmp_path / "sdxl_images", 1, side=128)
+    big = base_folder(tmp_path / "sdxl", "sdxl")
+    other = config(
+        tmp_path,
+        big,
+        data={"images": tmp_path / "sdxl_images", "resolution": 128},
+        train={"steps": 1, "batch_size": 1},
+    )
+    file = train(other)
+    pictures(tmp_path / "images", 1)
+    said = refusal(config(tmp_path, base, lora={"start_from": file}))
+    assert "only in the file" in said
+    result = launch(
+        "--generate",
+        "--base",
+        str(base),
+        "--prompt",
+        "a cat",
+        "--lora",
+        str(file),
+        "--out",
+        str(tmp_path / "out"),
+    )
+    assert result.returncode == 1
+    assert "SDXL" in result.stderr
+    assert "SD 1.x" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_only_file_is_no_resume(tmp_path: Path, base: Path) -> None:
+    pictures(tmp_path / "images", 2)
+    settings = config(tmp_path, base, train={"steps": 2})
+    lora = train(settings)
+    run = lora.parent
+    for _, state in checkpoints.saved_steps(run / "checkpoints"):
+        shutil.copyfile(lora, state)
+    before = lora.read_bytes()
+    result = launch("--train", "--resume", str(run))
+    assert result.returncode == 1
+    assert "weights only" in result.stderr
+    assert "start_from" in result.stderr
+    assert lora.read_bytes() == before
+
+
+def test_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, base: Path) -> None:
+    pictures(tmp_path / "images", 2)
+    settings = config(tmp_path, base, train={"steps": 4}, save={"every": 2})
+    lora = train(settings)
+    straight = lora.read_bytes()
+    newest = checkpoints.saved_steps(lora.parent / "checkpoints")[-1][1]
+    newest.write_bytes(newest.read_bytes()[:5000])
+    resumed = train(settings, resume=lora.parent)
+    assert resumed.read_bytes()[-5000:] == straight[-5000:]
+    assert any("damaged" in e.get("text", "") for e in events_in(lora.parent))
+
+
+def test_full_disk_while_saving(tmp_path: Path, base: Path) -> None:
+    """Every save fails: the training goes on, the end says what to do, no half file stays, the preset is whole."""
+    pictures(tmp_path / "images", 2)
+    preset = preset_file(tmp_path, base)
+    result = launch("--train", str(preset), "--set", "save.every=2", limit=60_000)
+    run = tmp_path / "runs" / "small"
+    assert result.returncode == 1
+    assert "was not saved; the training goes on" in result.stdout
+    assert "small.safetensors" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert [e["step"] for e in events_in(run) if e["event"] == "Step"] == [1, 2, 3, 4, 5, 6]
+    assert not list(run.rglob("*.partial"))
+    assert not (run / "small.safetensors").exists()
+    assert presets.load(run / "preset.toml") == presets.load(preset, ["save.every=2"])
+
+
+def test_non_finite_loss_names_step_and_picture_and_saves_nothing_broken(tmp_path: Path, base: Path) -> None:
+    pictures(tmp_path / "images", 1)
+    said = refusal(config(tmp_path, base, train={"learning_rate": 1e30, "steps": 9, "batch_size": 1}))
+    assert "step " in said
+    assert "0.png" in said
+    assert "learning_rate" in said
+    assert not list((tmp_path / "runs").rglob("small*.safetensors"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_and_resume_finishes(tmp_path: Path, base: Path, number: signal.Signals) -> None:
+    pictures(tmp_path / "images", 3)
+    preset = preset_file(tmp_path, base)
+    run = tmp_path / "runs" / "small"
+    child = subprocess.Popen(
+        [sys.executable, "launch.py", "--train", str(preset), "--set", "train.steps=5000"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    wait_for(lambda: '"event": "Step"' in read(run / "events.jsonl"), child)
+    second = launch("--train", "--resume", str(run))
+    assert second.returncode == 3  # the run is held by the first process
+    assert "Another process" in second.stderr
+    child.send_signal(number)
+    out, _ = child.communicate(timeout=120)
+    assert child.returncode == 130
+    assert "--resume" in out
+    stopped = next(e for e in events_in(run) if e["event"] == "Interrupted")
+    assert Path(stopped["path"]).exists()
+    result = launch("--train", "--resume", str(run), "--set", f"train.steps={stopped['step'] + 2}")
+    assert result.returncode == 0, result.stderr
+    assert read_adapter(run / "small.safetensors").deltas
+    steps = [e["step"] for e in events_in(run) if e["event"] == "Step"]
+    assert steps == list(range(1, stopped["step"] + 3))
+
+
+def wait_for(condition: object, child: subprocess.Popen[str], seconds: float = 240) -> None:
+    assert callable(condition)
+    end = time.monotonic() + seconds
+    while not condition():
+        assert child.poll() is None, "the child ended early"
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+@pytest.mark.parametrize("which", ["small", "demo"])
+def test_real_photographs_go_through_the_whole_trainer(tmp_path: Path, base: Path, which: str) -> None:
+    """Five photographs: one turned by EXIF, one with its own caption; class pictures made by the base."""
+    folder = tmp_path / "dog"
+    shutil.copytree(PHOTOS, folder)
+    for file in folder.iterdir():
+        file.chmod(0o644)
+    (folder / "00.txt").write_text("a zxq dog lying down\n", encoding="utf-8")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(folder / "01.jpg").save(folder / "01.jpg", exif=exif)
+    settings = config(
+        tmp_path,
+        base if which == "small" else "demo",
+        data={"images": folder, "prompt": "a zxq dog", "class_prompt": "a dog", "class_count": 2},
+        train={"steps": 2, "batch_size": 1},
+        preview={"steps": 2, "every": 2, "prompts": ["a zxq dog"]},
+    )
+    lora = train(settings)
+    metadata = read_adapter(lora).metadata
+    assert metadata["ss_num_train_images"] == "5"
+    assert metadata["ss_num_reg_images"] == "2"
+    words = json.loads(metadata["ss_tag_frequency"])["dog"]
+    assert words == {"a zxq dog lying down": 1, "a zxq dog": 4}
+    made = sorted((tmp_path / "runs" / "class").rglob("*.png"))
+    assert [p.name for p in made] == ["class-00000.png", "class-00001.png"]
+    again = train(settings)  # the class pictures are there; the run gets a folder of its own
+    assert again.parent.name == "small-2"
+    assert len(list((tmp_path / "runs" / "class").rglob("*.png"))) == 2
+
+
+def test_a_refused_start_leaves_its_folder_to_the_next(tmp_path: Path, base: Path) -> None:
+    (tmp_path / "images").mkdir()
+    settings = config(tmp_path, base, train={"steps": 1})
+    refusal(settings)
+    refusal(settings)
+    pictures(tmp_path / "images", 1)
+    assert train(settings).parent.name == "small"
+    assert train(settings).parent.name == "small-2"  # what has trained is never written over

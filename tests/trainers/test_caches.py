@@ -1,0 +1,243 @@
+"""Cached latents are the VAE's own, bit for bit; whatever happens to a file is found."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lora_core.errors import ConfigError, NotFinite
+from lora_core.safe_files import read_header, save_tensors
+from tests.small_models import small_pipeline
+from trainers.caches import (
+    LatentCache,
+    draw_latents,
+    encoding,
+    load_posterior,
+    posterior,
+    save_posterior,
+    vae_identity,
+)
+from trainers.config import DataSettings
+from trainers.dataset import Dataset, scan
+
+
+def photos(folder: Path, count: int = 2) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        noise = np.random.default_rng(i).integers(0, 255, (12, 16, 3), np.uint8)
+        Image.fromarray(noise).resize((96, 72)).save(folder / f"{i}.png")
+    return folder
+
+
+def dataset_of(folder: Path, **changes: Any) -> Dataset:
+    return scan(DataSettings.model_validate({"images": folder, "prompt": "x", **changes}), 64)
+
+
+def all_keys(cache: LatentCache, dataset: Dataset) -> list[str]:
+    return [cache.key(e, view) for e in dataset.examples for view in dataset.views(e)]
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_cached_equals_uncached(tmp_path: Path, family: str) -> None:
+    vae = small_pipeline(family).vae
+    dataset = dataset_of(photos(tmp_path / "photos"), flip=True)
+    built = LatentCache(tmp_path / "cache", vae)
+    assert built.fill(dataset).built == 4
+    from_disk = LatentCache(tmp_path / "cache", vae)
+    report = from_disk.fill(dataset)
+    assert (report.found, report.built, report.rebuilt, report.unsaved) == (4, 0, [], {})
+    for example in dataset.examples:
+        for view in dataset.views(example):
+            with torch.no_grad():
+                found = vae.encode(dataset.pixels(example, view)[None]).latent_dist
+            for cache in (built, from_disk):
+                mean, std = cache.mean_std([cache.key(example, view)])
+                assert torch.equal(mean, found.mean)
+                assert torch.equal(std, found.std)
+    assert len(set(all_keys(built, dataset))) == 4
+
+
+def test_a_sample_is_that_of_diffusers(tmp_path: Path) -> None:
+    """Same noise, same latents: `latent_dist.sample` draws eps as one tensor from the same generator."""
+    vae = small_pipeline("sd1").vae
+    dataset = dataset_of(photos(tmp_path / "photos"))
+    cache = LatentCache(tmp_path / "cache", vae)
+    cache.fill(dataset)
+    z = cache.sample(all_keys(cache, dataset), torch.Generator().manual_seed(4))
+    images = torch.stack([dataset.pixels(e, dataset.views(e)[0]) for e in dataset.examples])
+    with torch.no_grad():
+        expected = vae.encode(images).latent_dist.sample(torch.Generator().manual_seed(4)) * 0.18215
+        mean, std = posterior(vae, images)
+        uncached = draw_latents(vae, mean, std, torch.Generator().manual_seed(4))
+    torch.testing.assert_close(z, expected, rtol=1e-4, atol=1e-5)  # one picture at a time against a batch
+    torch.testing.assert_close(uncached, expected, rtol=1e-6, atol=1e-7)
+    assert not torch.equal(z, cache.sample(all_keys(cache, dataset), torch.Generator().manual_seed(5)))
+
+
+def test_another_picture_crop_or_vae_is_another_latent(tmp_path: Path) -> None:
+    folder, vae = photos(tmp_path / "photos", 1), small_pipeline("sd1").vae
+    LatentCache(tmp_path / "cache", vae).fill(dataset_of(folder))
+    assert LatentCache(tmp_path / "cache", vae).fill(dataset_of(folder)).found == 1
+    assert LatentCache(tmp_path / "cache", vae).fill(dataset_of(folder, flip=True)).built == 1
+    larger = scan(DataSettings(images=folder, prompt="x"), 72)
+    assert LatentCache(tmp_path / "cache", vae).fill(larger).built == 1
+    Image.open(folder / "0.png").rotate(180).save(folder / "0.png")
+    assert LatentCache(tmp_path / "cache", vae).fill(dataset_of(folder)).built == 1
+    with torch.no_grad():
+        vae.encoder.conv_in.bias[0] += 1e-3
+    assert LatentCache(tmp_path / "cache", vae).fill(dataset_of(folder)).built == 1
+
+
+def test_a_renamed_picture_is_the_same_latent_and_twins_share_one(tmp_path: Path) -> None:
+    folder, vae = photos(tmp_path / "photos", 1), small_pipeline("sd1").vae
+    LatentCache(tmp_path / "cache", vae).fill(dataset_of(folder))
+    (folder / "twin.png").write_bytes((folder / "0.png").read_bytes())
+    (folder / "0.png").rename(folder / "renamed.png")
+    dataset = dataset_of(folder)
+    cache = LatentCache(tmp_path / "cache", vae)
+    assert cache.fill(dataset).built == 0
+    assert len(set(all_keys(cache, dataset))) == 1
+
+
+def test_damaged_files_are_built_again_and_named(tmp_path: Path) -> None:
+    dataset, vae = dataset_of(photos(tmp_path / "photos", 4)), small_pipeline("sd1").vae
+    cache = LatentCache(tmp_path / "cache", vae)
+    cache.fill(dataset)
+    whole = cache.mean_std(all_keys(cache, dataset))
+    files = [tmp_path / "cache" / f"{key}.safetensors" for key in all_keys(cache, dataset)]
+    data = bytearray(files[0].read_bytes())
+    data[-5] ^= 4
+    files[0].write_bytes(bytes(data))
+    files[1].write_bytes(files[1].read_bytes()[:-8])
+    files[2].write_bytes(files[3].read_bytes())  # a whole file, but another picture's
+    again = LatentCache(tmp_path / "cache", vae)
+    report = again.fill(dataset)
+    assert (report.rebuilt, report.built, report.found) == (["0.png", "1.png", "2.png"], 3, 1)
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole, again.mean_std(all_keys(again, dataset)), strict=True)
+    )
+    assert LatentCache(tmp_path / "cache", vae).fill(dataset).found == 4
+
+
+def test_every_one_of_1000_flipped_bits_is_found(tmp_path: Path) -> None:
+    dataset, vae = dataset_of(photos(tmp_path / "photos", 1)), small_pipeline("sd1").vae
+    cache = LatentCache(tmp_path / "cache", vae)
+    cache.fill(dataset)
+    (key,) = all_keys(cache, dataset)
+    path = tmp_path / "cache" / f"{key}.safetensors"
+    data, rng = path.read_bytes(), random.Random(0)
+    assert load_posterior(path, key) is not None
+    header = 8 + int.from_bytes(data[:8], "little")
+    # every second one in the header, which is small and full of meaning
+    bits = [rng.randrange(8 * (header if i % 2 else len(data))) for i in range(1000)]
+    missed = []
+    for bit in bits:
+        hurt = bytearray(data)
+        hurt[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(bytes(hurt))
+        if load_posterior(path, key) is not None:
+            missed.append(bit)
+    assert missed == []
+
+
+def test_the_same_bytes_in_another_shape_or_type_are_not_the_same(tmp_path: Path) -> None:
+    path, kept = tmp_path / "x.safetensors", (torch.randn(4, 8, 6), torch.rand(4, 8, 6))
+    save_posterior(path, "key", kept)
+    assert load_posterior(path, "key") is not None
+    assert load_posterior(path, "another key") is None
+    sums = read_header(path).metadata
+    for changed in (kept[0].reshape(4, 6, 8), kept[0].view(torch.int32)):
+        save_tensors(path, {"mean": changed, "std": kept[1]}, sums)
+        assert load_posterior(path, "key") is None
+
+
+def test_sdxl_in_half_precision_encodes_in_fp32_and_is_half_again(tmp_path: Path) -> None:
+    vae = small_pipeline("sdxl", dtype=torch.float16).vae
+    before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
+    dataset = dataset_of(photos(tmp_path / "photos", 1))
+    cache = LatentCache(tmp_path / "cache", vae)
+    cache.fill(dataset)
+    after = vae.state_dict()
+    assert all(
+        after[name].dtype == torch.float16 and torch.equal(after[name], t) for name, t in before.items()
+    )
+    wide = small_pipeline("sdxl").vae.to(torch.float16).to(torch.float32)
+    (example,) = dataset.examples
+    with torch.no_grad():
+        expected = wide.encode(dataset.pixels(example, dataset.views(example)[0])[None]).latent_dist
+    mean, std = cache.mean_std(all_keys(cache, dataset))
+    assert torch.equal(mean, expected.mean)
+    assert torch.equal(std, expected.std)
+
+
+def test_the_dtype_comes_back_after_an_error() -> None:
+    vae = small_pipeline("sdxl", dtype=torch.float16).vae.train()
+    inside = []
+
+    def encode_five_channels() -> None:
+        with encoding(vae):
+            inside.append((vae.dtype, vae.training))
+            posterior(vae, torch.zeros(1, 5, 64, 64))
+
+    with pytest.raises(RuntimeError, match="channels"):
+        encode_five_channels()
+    assert inside == [(torch.float32, False)]
+    assert vae.dtype == torch.float16
+    assert vae.training
+
+
+def test_identity_tells_precisions_and_weights_apart() -> None:
+    vae = small_pipeline("sd1").vae
+    assert vae_identity(vae) == vae_identity(small_pipeline("sd1").vae)
+    assert vae_identity(vae) != vae_identity(small_pipeline("sd1", seed=1).vae)
+    assert vae_identity(vae) != vae_identity(small_pipeline("sd1", dtype=torch.bfloat16).vae)
+
+
+def test_a_folder_that_cannot_be_written_costs_only_the_next_run(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file stands where the folder should be", encoding="utf-8")
+    dataset, vae = dataset_of(photos(tmp_path / "photos")), small_pipeline("sd1").vae
+    cache = LatentCache(tmp_path / "cache", vae)
+    report = cache.fill(dataset)
+    assert list(report.unsaved) == ["0.png", "1.png"]
+    assert "could not be saved" in report.unsaved["0.png"]
+    assert cache.sample(all_keys(cache, dataset)).shape == (2, 4, 8, 8)
+
+
+def test_an_overflowing_vae_is_named_with_the_remedy(tmp_path: Path) -> None:
+    vae = small_pipeline("sd1").vae
+    with torch.no_grad():
+        vae.quant_conv.bias[0] = float("inf")
+    cache = LatentCache(tmp_path / "cache", vae)
+    with pytest.raises(NotFinite, match=r'NaN or Inf of 0.png .* train.base_dtype = "fp32"'):
+        cache.fill(dataset_of(photos(tmp_path / "photos")))
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_refusals(tmp_path: Path) -> None:
+    vae = small_pipeline("sd1").vae
+    folder = photos(tmp_path / "photos")
+    cache = LatentCache(tmp_path / "cache", vae)
+    with pytest.raises(ConfigError, match=r"train\.cache_latents = false"):
+        cache.fill(dataset_of(folder, crop="random"))
+    dataset = dataset_of(folder)
+    with pytest.raises(ValueError, match="was not cached"):
+        cache.key(dataset.examples[0], dataset.views(dataset.examples[0])[0])
+    Image.new("RGB", (80, 64)).save(folder / "0.png")
+    with pytest.raises(ConfigError, match=r"0.png is another picture"):
+        cache.fill(dataset)
+    vae.register_to_config(shift_factor=0.1)
+    with pytest.raises(ConfigError, match="shift_factor"):
+        LatentCache(tmp_path / "cache", vae)
+
+
+def test_progress_is_told(tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    dataset = dataset_of(photos(tmp_path / "photos", 3))
+    LatentCache(tmp_path / "cache", small_pipeline("sd1").vae).fill(dataset, lambda *at: told.append(at))
+    assert told == [(1, 3), (2, 3), (3, 3)]

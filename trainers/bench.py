@@ -1,0 +1,168 @@
+"""The bench a run works at: the base opened and frozen, the LoRA attached, pictures and words ready."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from lora_core.errors import ConfigError
+from lora_core.formats import read_adapter
+from lora_core.models import OpenedBase, open_base
+from lora_core.pipeline import LivePipeline
+from lora_core.train_form import LoraForm, attach
+from trainers import class_images, events, optim
+from trainers.batches import Feeder, Words
+from trainers.caches import LatentCache
+from trainers.config import TrainConfig
+from trainers.control import StopRequest
+from trainers.dataset import Dataset, scan
+from trainers.diffusion import NoiseSchedule
+from trainers.run_folder import RunFolder
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+@dataclass
+class Bench:
+    """What the steps work with."""
+
+    config: TrainConfig
+    folder: RunFolder
+    opened: OpenedBase
+    live: LivePipeline
+    accelerator: Accelerator
+    device: torch.device
+    form: LoraForm
+    optimizer: torch.optim.AdamW
+    schedule: NoiseSchedule
+    feeder: Feeder
+    words: Words
+    generator: torch.Generator
+    emit: events.Emit
+
+
+def prepare(config: TrainConfig, folder: RunFolder, stop: StopRequest, emit: events.Emit) -> Bench:
+    torch.manual_seed(config.seed)
+    name = precision(config)
+    accelerator = Accelerator(mixed_precision=MIXED[name])
+    opened = open_base(config.base, device=accelerator.device, dtype=DTYPES[name])
+    pipeline = opened.pipeline
+    live = LivePipeline(pipeline, opened=opened)
+    schedule = NoiseSchedule.from_scheduler(pipeline.scheduler)
+    dataset = find_pictures(config, live, stop, emit)
+    if config.train.channels_last:
+        pipeline.unet.to(memory_format=torch.channels_last)
+    form = attach_lora(config, live)
+    if config.train.gradient_checkpointing:
+        checkpoint_activations(live)
+    cache = None
+    if config.train.cache_latents:
+        cache = LatentCache(folder.cache, pipeline.vae)
+        filled = cache.fill(dataset, lambda done, total: stop.check())
+        emit(
+            events.Note(
+                text=f"Latents: {filled.built} encoded, {filled.found} found, {len(filled.rebuilt)} rebuilt."
+            )
+        )
+        for picture, reason in filled.unsaved.items():
+            emit(events.Note(text=f"The latents of {picture} are kept in memory only: {reason}"))
+        pipeline.vae.to("cpu")
+    words = Words(
+        pipeline, [e.caption for e in dataset.examples], frozen=not config.train.trains_text_encoder
+    )
+    for cut in words.cut:
+        emit(events.Note(text=str(cut)))
+    if not config.train.trains_text_encoder:
+        for component in live.models:
+            if component != "unet":
+                live.models[component].to("cpu")
+    rates = dict.fromkeys(form.by_component(), config.train.learning_rate)
+    if config.train.text_encoder_learning_rate is not None:
+        rates |= {c: config.train.text_encoder_learning_rate for c in rates if c != "unet"}
+    optimizer = optim.adamw(form.by_component(), rates, weight_decay=config.train.weight_decay)
+    feeder = Feeder(dataset, pipeline.vae, cache, batch_size=config.train.batch_size, seed=config.seed)
+    generator = torch.Generator("cpu").manual_seed(config.seed)
+    return Bench(
+        config,
+        folder,
+        opened,
+        live,
+        accelerator,
+        accelerator.device,
+        form,
+        optimizer,
+        schedule,
+        feeder,
+        words,
+        generator,
+        emit,
+    )
+
+
+def precision(config: TrainConfig) -> str:
+    """The base's precision; "auto" is bf16 where the card has it, fp16 on older cards, fp32 on a CPU."""
+    wanted = config.train.base_dtype
+    cuda = torch.cuda.is_available()
+    if wanted == "auto":
+        return ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if cuda else "fp32"
+    if wanted == "fp16" and not cuda:
+        raise ConfigError(
+            'train.base_dtype = "fp16" needs a GPU, and none was found. Set it to "bf16", "fp32" or "auto".'
+        )
+    return wanted
+
+
+def find_pictures(config: TrainConfig, live: LivePipeline, stop: StopRequest, emit: events.Emit) -> Dataset:
+    """The dataset, with the class pictures made first; every file of the folders is accounted for in Notes."""
+    resolution = config.data.resolution or live.resolution
+    config = config.model_copy(update={"data": config.data.model_copy(update={"resolution": resolution})})
+    # the folder to learn is looked at before the base spends time on class pictures
+    alone = config.data.model_copy(update={"class_images": None, "class_count": 0, "class_prompt": None})
+    scan(alone, resolution)
+    folder = class_images.class_folder(config, live.base_name)
+    if folder is not None:
+        class_images.fill(folder, config, live, stop, emit)
+    settings = config.data.model_copy(update={"class_images": folder})
+    return scan(
+        settings, resolution, report=lambda report: emit(events.Note(text=f"{report.folder.name}: {report}"))
+    )
+
+
+def attach_lora(config: TrainConfig, live: LivePipeline) -> LoraForm:
+    names = [c for c in live.models if c == "unet" or config.train.trains_text_encoder]
+    start = read_adapter(config.lora.start_from) if config.lora.start_from else None
+    return attach(
+        {c: live.models[c] for c in names}, {c: config.lora.lora_config(c) for c in names}, start=start
+    )
+
+
+def checkpoint_activations(live: LivePipeline) -> None:
+    for component in live.models:
+        model: Any = live.models[component]
+        if component == "unet":
+            model.enable_gradient_checkpointing()
+        else:
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            model.train()  # transformers checkpoints in training mode only; CLIP has no dropout that this would wake
+
+
+class awake:
+    """What left the device to make room comes back for as long as pictures are made."""
+
+    def __init__(self, bench: Bench) -> None:
+        device = bench.device
+        resting = [bench.live.pipeline.vae, *bench.live.models.values()]
+        self._moved = [m for m in resting if m.device != device]
+        self._device = device
+
+    def __enter__(self) -> None:
+        for model in self._moved:
+            model.to(self._device)
+
+    def __exit__(self, *_: object) -> None:
+        for model in self._moved:
+            model.to("cpu")

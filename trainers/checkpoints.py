@@ -1,0 +1,118 @@
+"""Save a run so that it can go on bit-exactly, and write the LoRA file that leaves it.
+
+A checkpoint is one safetensors file, written atomically: trainable tensors, AdamW's moments, the state of every
+random generator, the sampler's position; the small facts are JSON in its metadata. No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_core.errors import FileRefused
+from lora_core.safe_files import read_header, read_tensors, save_tensors
+from lora_core.train_form import LoraForm
+
+KIND = "lora-loom training state 1"
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: optimizer steps done, and the samplers' state as plain JSON."""
+
+    step: int
+    sampler: dict[str, Any]
+
+
+def save_state(
+    path: Path,
+    position: Position,
+    form: LoraForm,
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+    scaler: Any,
+) -> None:
+    tensors: dict[str, Tensor] = {"rng.run": generator.get_state(), "rng.torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    for name, p in form.named_parameters():
+        tensors[f"lora.{name}"] = p.detach()
+        for key, value in optimizer.state[p].items():
+            tensors[f"{key}.{name}"] = value
+    facts = {"position": vars(position), "scaler": scaler.state_dict() if scaler is not None else None}
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_tensors(path, contiguous, {"loom.kind": KIND, "loom.state": json.dumps(facts)})
+
+
+def load_state(
+    path: Path, form: LoraForm, optimizer: torch.optim.Optimizer, generator: torch.Generator, scaler: Any
+) -> Position:
+    """Put everything back. A LoRA file, or the state of another training, is refused with nothing changed."""
+    header = read_header(path)
+    if header.metadata.get("loom.kind") != KIND:
+        raise FileRefused(
+            f"{path.name} holds weights only: without the optimizer's state a resumed run would be another run. "
+            "Resume from the run's own folder, or set lora.start_from to this file to begin a new training from it."
+        )
+    tensors = read_tensors(header)
+    wanted = {f"lora.{name}": p for name, p in form.named_parameters()}
+    found = {name: t for name, t in tensors.items() if name.startswith("lora.")}
+    if {n: tuple(p.shape) for n, p in wanted.items()} != {n: tuple(t.shape) for n, t in found.items()}:
+        raise FileRefused(
+            f"{path.name} belongs to another training: it holds {len(found)} tensors, this run trains {len(wanted)}, "
+            "or their shapes differ. Resume with the preset the run was started with."
+        )
+    with torch.no_grad():
+        for name, p in form.named_parameters():
+            p.copy_(tensors[f"lora.{name}"])
+            # AdamW keeps its step count on the CPU and its moments beside the parameter
+            state = {key: tensors[f"{key}.{name}"] for key in _MOMENTS if f"{key}.{name}" in tensors}
+            optimizer.state[p] = {k: t if k == "step" else t.to(p.device) for k, t in state.items()}
+    generator.set_state(tensors["rng.run"])
+    torch.set_rng_state(tensors["rng.torch"])
+    if torch.cuda.is_available() and "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng.cuda"])
+    facts = json.loads(header.metadata["loom.state"])
+    if scaler is not None and facts["scaler"]:
+        scaler.load_state_dict(facts["scaler"])
+    return Position(**facts["position"])
+
+
+def state_path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:06d}.safetensors"
+
+
+def saved_steps(folder: Path) -> list[tuple[int, Path]]:
+    """Checkpoints in a folder, oldest first."""
+    found = [
+        (re.fullmatch(r"step-(\d{6,})\.safetensors", p.name), p) for p in folder.glob("step-*.safetensors")
+    ]
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def prune(folder: Path, keep: int) -> None:
+    for _, path in saved_steps(folder)[:-keep]:
+        path.unlink()
+
+
+def newest_whole(folder: Path) -> tuple[Path, list[str]]:
+    """The newest checkpoint that reads whole, and a sentence for each newer one that does not."""
+    problems: list[str] = []
+    for _, path in reversed(saved_steps(folder)):
+        try:
+            read_tensors(read_header(path))
+        except FileRefused as problem:
+            problems.append(f"Checkpoint {path.name} is damaged and was passed over: {problem}")
+        else:
+            return path, problems
+    raise FileRefused(
+        f"{folder} holds no whole checkpoint to resume from{': ' + ' '.join(problems) if problems else '.'} "
+        "Start the training again with its preset."
+    )

@@ -1,0 +1,311 @@
+"""TrainConfig: one frozen, complete, checked value per run. TOML is its spelling (`trainers.presets`).
+
+Each field's meaning is the docstring under it; forms and `--help` show the same text. Every check is made
+when the value is born, so a run that starts has no contradiction left in it. Paths are absolute from birth:
+the value means the same wherever it is read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from lora_core.config import LoraConfig
+from lora_core.errors import ConfigError
+from trainers.config_table import (
+    AnyPath,
+    BaseName,
+    Count,
+    Dtype,
+    Positive,
+    Seed,
+    Seeds,
+    Strings,
+    Table,
+    check_slug,
+)
+
+TEXT_ENCODER_GROUPS = (
+    "attention",
+    "feed-forward",
+    "all-linear",
+    "all-linear+conv",
+)  # CLIP has these
+
+
+class LoraSettings(Table):
+    """What the LoRA looks like and where it goes."""
+
+    table: ClassVar[str] = "lora"
+
+    rank: int = 16
+    """Size of the LoRA in each layer: 4 to 64 are usual, the file grows in proportion."""
+    alpha: float | None = None
+    """Strength inside the LoRA, alpha/rank; left out: alpha = rank."""
+    dropout: float = 0.0
+    """Share of each layer's input dropped while training."""
+    init: Literal["gaussian", "kaiming", "random"] = "gaussian"
+    """How the factors begin; "random" does not begin at the base model and is for experiments."""
+    variant: Literal["lora", "dora"] = "lora"
+    """"dora" trains a magnitude per output as well (arXiv 2402.09353)."""
+    rank_stabilized: bool = False
+    """alpha/sqrt(rank) instead of alpha/rank (arXiv 2312.03732)."""
+    targets: Strings = ("attention",)
+    """Layers of the UNet: groups (attention, feed-forward, projection, conv, all-linear, all-linear+conv) or
+    the ends of module paths."""
+    text_encoder_targets: Strings | None = None
+    """Layers of the text encoders; left out: the groups of `targets` that they have, else attention."""
+    exclude: Strings = ()
+    """Ends of module paths never to touch."""
+    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    """End of a module path (may be a regular expression) -> its own rank."""
+    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    """End of a module path (may be a regular expression) -> its own alpha."""
+    start_from: AnyPath | None = None
+    """An existing LoRA file to go on from instead of a fresh one."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.targets or self.text_encoder_targets == ():
+            raise ConfigError('lora.targets and text_encoder_targets need an entry, such as ["attention"].')
+        try:
+            self.lora_config("unet")
+        except ConfigError as problem:
+            raise ConfigError(f"[lora] {problem}") from None
+        return self
+
+    def lora_config(self, component: str) -> LoraConfig:
+        """The LoRA of one component: "unet", "text_encoder" or "text_encoder_2"."""
+        targets = self.targets
+        if component != "unet":
+            shared = tuple(t for t in targets if t in TEXT_ENCODER_GROUPS)
+            targets = self.text_encoder_targets or shared or ("attention",)
+        return LoraConfig(
+            rank=self.rank,
+            alpha=self.alpha,
+            dropout=self.dropout,
+            targets=targets,
+            exclude=self.exclude,
+            init=self.init,
+            variant=self.variant,
+            rank_stabilized=self.rank_stabilized,
+            rank_pattern=dict(self.rank_pattern),
+            alpha_pattern=dict(self.alpha_pattern),
+        )
+
+
+class DataSettings(Table):
+    """The pictures, their words, and the pictures that keep the class what it was."""
+
+    table: ClassVar[str] = "data"
+
+    images: AnyPath
+    """Folder with the pictures to learn."""
+    prompt: str | None = None
+    """Prompt of every picture without a caption of its own, such as "a photo of sks dog"."""
+    captions: bool = True
+    """Read `picture.txt` beside `picture.jpg` as its caption."""
+    resolution: Annotated[int, Field(ge=16, le=4096, multiple_of=8)] | None = None
+    """Side of the square trained on, in pixels; left out: the base model's own."""
+    crop: Literal["center", "random"] = "center"
+    """Which square of a picture that is not one."""
+    flip: bool = False
+    """Mirror every second picture at random: twice the pictures, wrong for faces and lettering."""
+    bad_images: Literal["skip", "refuse"] = "skip"
+    """A picture that cannot be read is skipped and named, or stops the run before it starts."""
+    class_images: AnyPath | None = None
+    """Folder with pictures of the class (prior preservation); generated ones are kept there."""
+    class_prompt: str | None = None
+    """Prompt of the class pictures, such as "a photo of a dog"."""
+    class_count: Count = 0
+    """Class pictures to have: what the folder lacks is generated by the base model. 0: take what is there."""
+    prior_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the class pictures in the loss."""
+
+    @property
+    def has_class(self) -> bool:
+        """Whether prior preservation is on."""
+        return self.class_images is not None or self.class_count > 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("prompt", "class_prompt"):
+            if (text := getattr(self, name)) is not None and not text.strip():
+                raise ConfigError(f"data.{name} is empty: write the prompt, or leave the line out.")
+        if self.prompt is None and not self.captions:
+            raise ConfigError(
+                "data.prompt is missing and data.captions = false, so the pictures would have no words. "
+                "Give a prompt, or allow captions."
+            )
+        if self.has_class and self.class_prompt is None:
+            raise ConfigError(
+                "data.class_images or data.class_count asks for class pictures without data.class_prompt. "
+                'Add one, such as "a photo of a dog", or leave both out.'
+            )
+        if self.class_prompt is not None and not self.has_class:
+            raise ConfigError(
+                "data.class_prompt has no effect without class pictures: set data.class_count (100 is usual) "
+                "or data.class_images, or leave it out."
+            )
+        if self.has_class and self.prior_weight == 0:
+            raise ConfigError(
+                "data.prior_weight = 0 makes the class pictures idle: raise it or leave them out."
+            )
+        if self.class_images == self.images:
+            raise ConfigError(f"data.images and data.class_images are one folder, {self.images}: use two.")
+        return self
+
+
+class TrainSettings(Table):
+    """How long, how fast and with how much memory."""
+
+    table: ClassVar[str] = "train"
+
+    steps: Positive = 500
+    """Optimizer steps."""
+    batch_size: Positive = 1
+    """Pictures at a time; with class pictures, as many of those again."""
+    gradient_accumulation: Positive = 1
+    """Batches per optimizer step: a larger batch in the memory of a small one, at the time of a large one."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak learning rate."""
+    text_encoder_learning_rate: Annotated[float, Field(ge=0)] | None = None
+    """The same for the text encoders; left out: as `learning_rate`. 0: they are not trained."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """The learning rate after warm-up."""
+    warmup_steps: Count = 0
+    """Steps in which the learning rate rises from 0 to its peak."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+    """AdamW's decay of the LoRA's weights."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients longer than this are shortened to it."""
+    base_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the frozen base model; the LoRA itself is always fp32. "auto" asks the device."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: far less memory, about a third slower."""
+    cache_latents: bool = True
+    """Encode every picture once, before the first step; the VAE then leaves the device."""
+    channels_last: bool = False
+    """Memory order that convolutions like better: faster on some cards and on CPUs."""
+    loss_weighting: Literal["uniform", "min_snr", "min_snr_floored"] = "uniform"
+    """How much each noise level counts; "min_snr" is arXiv 2303.09556."""
+    snr_gamma: Annotated[float, Field(gt=0)] = 5.0
+    """The gamma of the two min-SNR weightings."""
+
+    @property
+    def trains_text_encoder(self) -> bool:
+        return self.text_encoder_learning_rate != 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.warmup_steps >= self.steps:
+            raise ConfigError(
+                f"train.warmup_steps = {self.warmup_steps} leaves nothing of train.steps = {self.steps}: the "
+                "learning rate would never arrive. A tenth of the steps is usual."
+            )
+        return self
+
+
+class SaveSettings(Table):
+    """What is written, when, and how the file is spelled."""
+
+    table: ClassVar[str] = "save"
+
+    every: Count = 0
+    """Steps between checkpoints; 0: only at the end and when stopped."""
+    keep: Positive = 3
+    """How many states to resume from stay; the LoRA files of every save stay."""
+    dtype: Dtype = "fp16"
+    """Precision of the finished LoRA file."""
+    spelling: Literal["kohya", "diffusers", "peft"] = "kohya"
+    """Names inside the file; every common program reads "kohya"."""
+
+
+class PreviewSettings(Table):
+    """Sample pictures made while training."""
+
+    table: ClassVar[str] = "preview"
+
+    every: Count = 0
+    """Steps between previews; 0: none."""
+    prompts: Strings = ()
+    """One picture each."""
+    steps: Positive = 25
+    """Denoising steps of a preview."""
+    guidance: Annotated[float, Field(ge=0)] = 7.5
+    """Classifier-free guidance of a preview."""
+    seed: Seed = 0
+    """The same seed each time, so that previews show the training and not the noise."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.every and not self.prompts:
+            raise ConfigError(
+                f"preview.every = {self.every}, but preview.prompts is empty: give one, or set every = 0."
+            )
+        return self
+
+
+class ReportSettings(Table):
+    """The sheet of before and after, and its figures. Without prompts there is none."""
+
+    table: ClassVar[str] = "report"
+
+    judge: AnyPath | None = None
+    """Folder with pictures of the subject that are not trained on, to compare with."""
+    subject_prompts: Strings = ()
+    """Prompts that name the subject: these should change."""
+    unrelated_prompts: Strings = ()
+    """Prompts that do not: these should stay as they were."""
+    seeds: Seeds = (0, 1, 2, 3)
+    """One picture per prompt and seed."""
+    steps: Positive = 25
+    """Denoising steps."""
+    guidance: Annotated[float, Field(ge=0)] = 7.5
+    """Classifier-free guidance."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.seeds:
+            raise ConfigError("report.seeds is empty: give at least one, such as [0].")
+        if self.judge is not None and not self.subject_prompts:
+            raise ConfigError(
+                "report.judge needs report.subject_prompts to compare with: give some, or leave it out."
+            )
+        return self
+
+
+class TrainConfig(Table):
+    """Everything a run needs to know."""
+
+    name: Annotated[str, AfterValidator(check_slug)]
+    """Name of the run and of the LoRA file."""
+    base: BaseName = "demo"
+    """Base model: "demo", a Hugging Face id, or a folder or .safetensors file (begin with ./ or /)."""
+    output: AnyPath = Path("runs")
+    """Runs are written to a folder of their own in here."""
+    seed: Seed = 0
+    """Order, crops, noise and the LoRA's beginning all follow from it."""
+    lora: LoraSettings = Field(default_factory=LoraSettings)
+    """What the LoRA looks like and where it goes."""
+    data: DataSettings
+    """The pictures and their words."""
+    train: TrainSettings = Field(default_factory=TrainSettings)
+    """How long, how fast and with how much memory."""
+    save: SaveSettings = Field(default_factory=SaveSettings)
+    """What is written, and when."""
+    preview: PreviewSettings = Field(default_factory=PreviewSettings)
+    """Sample pictures made while training."""
+    report: ReportSettings = Field(default_factory=ReportSettings)
+    """The sheet of before and after."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.train.cache_latents and self.data.crop == "random":
+            raise ConfigError(
+                'data.crop = "random" makes a new picture each time, which train.cache_latents = true cannot '
+                'keep. Set train.cache_latents = false, or data.crop = "center".'
+            )
+        return self

@@ -1,0 +1,263 @@
+"""DreamBooth LoRA training (arXiv 2208.12242, 2106.09685), read downwards.
+
+    train(config)                    a new run in config.output
+    train(config, resume=folder)     the same run, from its newest whole checkpoint, bit for bit
+
+What it does, in this order, and what each thing costs:
+  open the base, frozen, in its own precision                      memory: the base
+  class pictures, made by the base where the folder lacks them     time, once per prompt
+  attach the LoRA in fp32                                          memory: 16 bytes per trainable parameter with AdamW
+  latents cached as mean and deviation; the VAE leaves the device  time, once per picture
+  text embeddings cached when the encoders do not train
+  steps: batch -> noise -> UNet -> loss -> backward -> AdamW
+  the LoRA is written, read back and compared; before and after are measured
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState
+
+from lora_core.errors import ConfigError, LoraError, NotFinite, SaveFailed, Stopped
+from lora_core.formats import read_adapter
+from lora_core.generation import GenerationRequest, save_png
+from lora_core.safe_files import tensors_sha256
+from lora_core.train_form import detach
+from trainers import checkpoints, events, losses, optim
+from trainers.batches import Batch
+from trainers.bench import Bench, awake, precision, prepare
+from trainers.conditioning import added_conditions
+from trainers.config import TrainConfig
+from trainers.control import StopRequest, signals_ask
+from trainers.finish import write_lora, write_report
+from trainers.run_folder import RunFolder
+
+
+def train(
+    config: TrainConfig,
+    *,
+    resume: Path | None = None,
+    stop: StopRequest | None = None,
+    listeners: Sequence[events.Emit] = (),
+) -> Path:
+    """-> the finished LoRA file. Raises Stopped when asked to stop (saved), LoraError when something is wrong."""
+    folder = RunFolder.reopen(resume)[0] if resume else RunFolder.create(config)
+    stop = stop or StopRequest()
+    with folder.lock():
+        log = events.EventLog(folder.events, *listeners)
+        try:
+            with signals_ask(stop):
+                return run(config, folder, stop, log, resuming=resume is not None)
+        except Stopped:
+            raise
+        except LoraError as problem:
+            log(events.Failed(reason=str(problem)))
+            raise
+        except torch.OutOfMemoryError as problem:
+            reason = (
+                "The device is out of memory. Set train.gradient_checkpointing = true, train.batch_size = 1 (and raise "
+                f"train.gradient_accumulation), or a lower data.resolution. ({problem})"
+            )
+            log(events.Failed(reason=reason))
+            raise LoraError(reason) from problem
+        finally:
+            log.close()
+
+
+def run(
+    config: TrainConfig, folder: RunFolder, stop: StopRequest, emit: events.Emit, *, resuming: bool
+) -> Path:
+    began = time.monotonic()
+    try:
+        bench = prepare(config, folder, stop, emit)
+        first = take_up(bench) if resuming else 0
+        announce(bench, first)
+        try:
+            steps(bench, first, stop)
+        finally:
+            detach(bench.form)
+    finally:
+        AcceleratorState._reset_state(True)  # a second run in this process may choose another precision
+    lora = write_lora(
+        config, folder.lora, bench.form, bench.opened, step=config.train.steps, dataset=bench.feeder.dataset
+    )
+    adapter = read_adapter(lora)
+    emit(
+        events.Finished(
+            path=str(lora),
+            seconds=round(time.monotonic() - began, 1),
+            layers=len(adapter.deltas),
+            sha256=tensors_sha256(lora) if lora.is_file() else "",
+        )
+    )
+    with awake(bench):
+        write_report(config, folder, bench.live, lora, stop, emit)
+    return lora
+
+
+def take_up(bench: Bench) -> int:
+    """Continue from the newest whole checkpoint -> optimizer steps already done."""
+    path, problems = checkpoints.newest_whole(bench.folder.checkpoints)
+    for problem in problems:
+        bench.emit(events.Note(text=problem))
+    position = checkpoints.load_state(
+        path, bench.form, bench.optimizer, bench.generator, bench.accelerator.scaler
+    )
+    bench.feeder.restore(position.sampler)
+    if position.step > bench.config.train.steps:
+        raise ConfigError(
+            f"This run stands at step {position.step}, beyond train.steps: raise that to go on."
+        )
+    return position.step
+
+
+def announce(bench: Bench, first: int) -> None:
+    dataset, live = bench.feeder.dataset, bench.live
+    bench.emit(
+        events.Started(
+            run=str(bench.folder.root),
+            base=live.base_name,
+            family=live.family.title,
+            device=str(bench.device),
+            dtype=precision(bench.config),
+            trainable=sum(p.numel() for p in bench.form.parameters()),
+            total=sum(p.numel() for m in (*live.models.values(), live.pipeline.vae) for p in m.parameters()),
+            layers=len(bench.form.paths),
+            images=len(dataset.instances),
+            class_images=len(dataset.classes),
+            steps=bench.config.train.steps,
+            first_step=first + 1,
+        )
+    )
+
+
+# --- the steps -----------------------------------------------------------------------------------------------
+
+
+def steps(bench: Bench, first: int, stop: StopRequest) -> None:
+    config = bench.config.train
+    parameters = list(bench.form.parameters())
+    optimizer = bench.accelerator.prepare(bench.optimizer)
+    began, total = time.monotonic(), config.steps
+    for step in range(first + 1, total + 1):
+        optim.set_rate(
+            bench.optimizer,
+            optim.rate_factor(config.schedule, step - 1, steps=total, warmup=config.warmup_steps),
+        )
+        losses_of_step: list[float] = []
+        for _ in range(config.gradient_accumulation):
+            batch = bench.feeder.next(bench.generator, len(bench.schedule))
+            loss = batch_loss(bench, batch)
+            losses_of_step.append(loss.item())
+            check_finite(losses_of_step[-1], batch, step)
+            bench.accelerator.backward(loss / config.gradient_accumulation)
+        bench.accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        eta = (time.monotonic() - began) / (step - first) * (total - step)
+        rate = bench.optimizer.param_groups[0]["lr"]
+        loss_value = sum(losses_of_step) / len(losses_of_step)
+        bench.emit(
+            events.Step(step=step, steps=total, loss=loss_value, learning_rate=rate, eta_s=round(eta, 1))
+        )
+        if bench.config.preview.every and step % bench.config.preview.every == 0:
+            preview_or_say(bench, step)
+        if stop.asked and step < total:
+            path = save(bench, step)
+            resume = f'python launch.py --train --resume "{bench.folder.root}"'
+            bench.emit(events.Interrupted(step=step, path=str(path), resume=resume))
+            raise Stopped(f"Stopped at step {step} of {total}; saved. Go on with: {resume}")
+        if bench.config.save.every and step % bench.config.save.every == 0 and step < total:
+            save_or_say(bench, step)
+    save_or_say(bench, total)
+
+
+def batch_loss(bench: Bench, batch: Batch) -> torch.Tensor:
+    """One UNet call -> the DreamBooth loss, fp32, with gradients to the LoRA."""
+    config, device = bench.config.train, bench.device
+    unet = bench.live.pipeline.unet
+    schedule = bench.schedule
+    z_t, target = schedule.noise(batch.z, batch.eps, batch.t), schedule.target(batch.z, batch.eps, batch.t)
+    weight = schedule.weight(config.loss_weighting, batch.t, gamma=config.snr_gamma)
+    with bench.accelerator.autocast():
+        words = bench.words(batch.captions).to(device, unet.dtype)
+        prediction = unet(
+            z_t.to(device, unet.dtype),
+            batch.t.to(device),
+            encoder_hidden_states=words.hidden,
+            added_cond_kwargs=added_conditions(words, batch.time_ids),
+        ).sample
+    return losses.dreambooth(
+        prediction,
+        target.to(device),
+        weight.to(device),
+        instances=batch.instances,
+        prior_weight=bench.config.data.prior_weight,
+    )
+
+
+def check_finite(loss: float, batch: Batch, step: int) -> None:
+    """Raise before the optimizer has touched anything: the last saved state stays good."""
+    if not torch.isfinite(torch.tensor(loss)):
+        raise NotFinite(
+            f"The loss at step {step} is {loss}, with {', '.join(batch.names)} (timesteps {batch.t.tolist()}). "
+            "No step was taken on it. Halve train.learning_rate, or set train.base_dtype to bf16 or fp32, and resume."
+        )
+
+
+def preview_or_say(bench: Bench, step: int) -> None:
+    try:
+        preview(bench, step)
+    except SaveFailed as problem:
+        bench.emit(
+            events.Note(text=f"The preview of step {step} was not saved; the training goes on. {problem}")
+        )
+
+
+def preview(bench: Bench, step: int) -> None:
+    """One picture per prompt, worn by the trainable form itself; the training's own chance is not touched."""
+    settings, paths = bench.config.preview, []
+    bench.form.eval()
+    with torch.random.fork_rng(), awake(bench):
+        for i, prompt in enumerate(settings.prompts):
+            request = GenerationRequest(
+                prompt=prompt, seed=settings.seed, steps=settings.steps, guidance=settings.guidance
+            )
+            path = bench.folder.previews / f"step-{step:06d}-{i}.png"
+            save_png(bench.live.generate(request)[0], path)
+            paths.append(str(path))
+    bench.form.train()
+    bench.emit(events.Preview(step=step, paths=tuple(paths)))
+
+
+def save(bench: Bench, step: int) -> Path:
+    """State to resume from, and the LoRA as it is now. Raises SaveFailed with nothing old lost."""
+    path = checkpoints.state_path(bench.folder.checkpoints, step)
+    position = checkpoints.Position(step, bench.feeder.state())
+    checkpoints.save_state(
+        path, position, bench.form, bench.optimizer, bench.generator, bench.accelerator.scaler
+    )
+    write_lora(
+        bench.config,
+        bench.folder.lora_at(step),
+        bench.form,
+        bench.opened,
+        step=step,
+        dataset=bench.feeder.dataset,
+    )
+    checkpoints.prune(bench.folder.checkpoints, bench.config.save.keep)
+    bench.emit(events.Saved(step=step, path=str(path)))
+    return path
+
+
+def save_or_say(bench: Bench, step: int) -> None:
+    """A full disk in the middle of a run is said and tried again at the next save: the training goes on."""
+    try:
+        save(bench, step)
+    except SaveFailed as problem:
+        bench.emit(events.Note(text=f"Step {step} was not saved; the training goes on. {problem}"))

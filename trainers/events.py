@@ -1,0 +1,182 @@
+"""TrainEvent: a fact the trainer states. Console, page and tests read the same stream.
+
+Every event is one JSON line of `events.jsonl` in the run folder: {"event": "Step", "time": ..., fields...}.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from tqdm import tqdm
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainEvent:
+    quiet: ClassVar[bool] = False  # quiet events are in the file and not on the console
+
+    def line(self) -> str:
+        facts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return json.dumps({"event": type(self).__name__, "time": round(time.time(), 3), **facts}, default=str)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note(TrainEvent):
+    """Something the user should know: a skipped picture, a cut caption, a choice made for them."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started(TrainEvent):
+    """Just before the first step."""
+
+    run: str
+    base: str
+    family: str
+    device: str
+    dtype: str
+    trainable: int  # parameters
+    total: int  # parameters of the base
+    layers: int
+    images: int
+    class_images: int
+    steps: int
+    first_step: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.base} ({self.family}) on {self.device}, base in {self.dtype}: training {self.trainable:,} "
+            f"parameters in {self.layers} layers, {100 * self.trainable / self.total:.2f} % of {self.total:,}; "
+            f"{self.images} pictures, {self.class_images} of the class; steps {self.first_step} to {self.steps}."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(TrainEvent):
+    quiet: ClassVar[bool] = True
+    step: int
+    steps: int
+    loss: float
+    learning_rate: float
+    eta_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview(TrainEvent):
+    step: int
+    paths: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"Step {self.step}: preview {', '.join(self.paths)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved(TrainEvent):
+    step: int
+    path: str
+
+    def __str__(self) -> str:
+        return f"Step {self.step}: saved {self.path}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished(TrainEvent):
+    path: str  # the LoRA
+    seconds: float
+    layers: int  # as read back from the file
+    sha256: str  # of its tensors; empty for a PEFT folder
+
+    def __str__(self) -> str:
+        return f"Finished in {self.seconds:.0f} s: {self.path} ({self.layers} layers, read back and equal)."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interrupted(TrainEvent):
+    step: int
+    path: str
+    resume: str  # the command that goes on
+
+    def __str__(self) -> str:
+        return f"Stopped at step {self.step}; saved. Go on with: {self.resume}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed(TrainEvent):
+    reason: str
+
+    def __str__(self) -> str:
+        return f"Failed: {self.reason}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reported(TrainEvent):
+    """The figures of before and after."""
+
+    sheet: str
+    figures: dict[str, Any]
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{k} {v}" for k, v in self.figures.items() if not isinstance(v, list | dict))
+        return f"Report: {shown}; sheet {self.sheet}"
+
+
+Emit = Callable[[TrainEvent], None]
+
+
+class EventLog:
+    """Appends each event to a file at once and hands it to the listeners, in order."""
+
+    def __init__(self, path: Path, *listeners: Emit) -> None:
+        self.path, self.listeners = path, listeners
+        self._broken = False
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def __call__(self, event: TrainEvent) -> None:
+        try:
+            self._file.write(event.line() + "\n")
+        except OSError as problem:  # a full disk: the training matters more than its diary
+            if not self._broken:
+                self._broken = True
+                note = Note(text=f"{self.path} cannot be written ({problem.strerror}); the training goes on.")
+                for listener in self.listeners:
+                    listener(note)
+        for listener in self.listeners:
+            listener(event)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Console:
+    """A progress bar with loss and time left; other events as lines above it."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+
+    def __call__(self, event: TrainEvent) -> None:
+        if isinstance(event, Step):
+            if self._bar is None:
+                self._bar = tqdm(
+                    total=event.steps,
+                    initial=event.step - 1,
+                    unit="step",
+                    file=sys.stderr,
+                    dynamic_ncols=True,
+                )
+            self._bar.update(event.step - self._bar.n)
+            self._bar.set_postfix_str(f"loss {event.loss:.4f}")
+        elif not event.quiet:
+            if self._bar is not None and isinstance(event, Finished | Interrupted | Failed):
+                self._bar.close()
+                self._bar = None
+            tqdm.write(str(event), file=sys.stderr if isinstance(event, Failed) else sys.stdout)

@@ -1,0 +1,131 @@
+"""Pictures from strangers: opened as upright RGB, or refused by name with the reason.
+
+A picture of 20 kB can ask for gigabytes when decoded, so its size is checked before a pixel is read. Only the
+formats below are ever tried: Pillow knows some forty more, and one of them starts another program.
+"""
+
+from __future__ import annotations
+
+import io
+import stat
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from lora_core.errors import FileRefused
+
+EXTENSIONS = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+MAX_PIXELS = 64_000_000
+MAX_BYTES = 64_000_000
+
+Image.init()
+FORMATS: list[str] = [
+    f for f in ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP") if f in Image.OPEN
+]
+# Pictures inside pictures (thumbnails, frames) meet Pillow's own limit, which knows no per-call setting.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+warnings.simplefilter("error", Image.DecompressionBombWarning)
+
+
+class BadImage(FileRefused):
+    """A file that is no picture we can use. `path` and `reason` tell the two halves of the message apart."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path.name} cannot be used: {reason}.")
+        self.path, self.reason = path, reason
+
+
+def open_image(path: Path | str) -> Image.Image:
+    """-> RGB, upright as EXIF says, transparency on white, 16 bits as 8, the first frame. Raises BadImage."""
+    path = Path(path)
+    return decode(read_bytes(path), path)
+
+
+def read_bytes(path: Path) -> bytes:
+    """The whole file, if it is an ordinary one of at most MAX_BYTES. Raises BadImage."""
+    try:
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode):  # reading a named pipe would wait for ever
+            raise BadImage(path, "it is not an ordinary file")
+        if facts.st_size == 0:
+            raise BadImage(path, "the file is empty")
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as problem:
+        raise BadImage(path, f"it cannot be read ({problem.strerror})") from problem
+    if len(data) > MAX_BYTES:
+        raise BadImage(path, f"it is larger than {MAX_BYTES // 10**6} MB; save it smaller")
+    return data
+
+
+def decode(data: bytes, path: Path) -> Image.Image:
+    """A file's bytes -> the picture, as `open_image`; `path` is for the message."""
+    try:
+        with _opened(data, path) as image:
+            image.load()
+            return _as_rgb(ImageOps.exif_transpose(image), path)
+    except BadImage:
+        raise
+    except (
+        Exception
+    ) as problem:  # decoders raise anything at all on damaged data; it is passed on as the reason
+        raise BadImage(path, _reason(problem)) from problem
+
+
+def is_animated(data: bytes, path: Path) -> bool:
+    """Whether the file has more frames than the one we use."""
+    try:
+        with _opened(data, path) as image:
+            return image.format != "MPO" and bool(getattr(image, "is_animated", False))
+    except BadImage:
+        raise
+    except Exception as problem:
+        raise BadImage(path, _reason(problem)) from problem
+
+
+def _opened(data: bytes, path: Path) -> Image.Image:
+    """The header only."""
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise BadImage(path, _too_large(f"{width} x {height} pixels"))
+    return image
+
+
+def _as_rgb(image: Image.Image, path: Path) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips it to white
+        image = _eight_bits(image, path)
+    if image.mode == "F":
+        raise BadImage(path, "its pixels are floating-point numbers of unknown range; save it as PNG or JPEG")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        paper = Image.new("RGBA", rgba.size, "white")
+        paper.alpha_composite(rgba)
+        return paper.convert("RGB")
+    # A fresh picture: without the file's metadata, which nothing after this may take for the truth.
+    rgb = image.convert("RGB")
+    rgb.info = {}
+    return rgb
+
+
+def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
+    grey = np.asarray(image).astype(np.int64)
+    if grey.min() < 0 or grey.max() > 65535:
+        raise BadImage(path, "its grey values need more than 16 bits; save it as PNG or JPEG")
+    return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
+
+
+def _reason(problem: Exception) -> str:
+    if isinstance(problem, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return _too_large("it")
+    if isinstance(problem, UnidentifiedImageError):
+        return f"it is damaged, or none of {', '.join(FORMATS)}"
+    if isinstance(problem, MemoryError):
+        return "there is not enough memory for it"
+    return f"it is damaged ({str(problem).rstrip('.') or type(problem).__name__})"
+
+
+def _too_large(what: str) -> str:
+    return f"{what} is over the limit of {MAX_PIXELS // 10**6} million pixels; save it smaller"

@@ -1,0 +1,48 @@
+"""Parameter groups, the optimizer, and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from lora_core.errors import ConfigError, did_you_mean
+
+
+def constant(step: int, steps: int) -> float:
+    return 1.0
+
+
+def cosine(step: int, steps: int) -> float:
+    """From 1 at the first step to 0 after the last."""
+    return 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+SCHEDULES: dict[str, Callable[[int, int], float]] = {"constant": constant, "cosine": cosine}
+
+
+def rate_factor(schedule: str, step: int, *, steps: int, warmup: int) -> float:
+    """What the peak learning rate is multiplied by at `step` (0 is the first). Linear warm-up, then the schedule."""
+    if schedule not in SCHEDULES:
+        raise ConfigError(f'Schedule "{schedule}" is unknown.{did_you_mean(schedule, SCHEDULES)}')
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return SCHEDULES[schedule](step - warmup, steps - warmup)
+
+
+def adamw(
+    parameters: Mapping[str, list[nn.Parameter]], rates: Mapping[str, float], *, weight_decay: float
+) -> torch.optim.AdamW:
+    """One group per component with its own peak rate; betas (0.9, 0.999), epsilon 1e-8 as the reference script."""
+    groups = [
+        {"params": ps, "lr": rates[name], "peak": rates[name], "name": name}
+        for name, ps in parameters.items()
+    ]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor

@@ -1,0 +1,119 @@
+"""Where a run lives. One folder each; a name that is taken gets a number, so that no run writes over another.
+
+runs/fox/            preset.toml  events.jsonl  fox.safetensors  report.json  sheet.png
+    checkpoints/     step-000200.safetensors (to resume from), fox-000200.safetensors (the LoRA at that step)
+    previews/  cache/
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from lora_core.errors import ConfigError, LoraError, SaveFailed
+from lora_core.safe_files import sweep_partials, write_atomic
+from trainers import presets
+from trainers.config import TrainConfig
+
+
+class RunBusy(LoraError):
+    """Another process is at work in this run folder."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    root: Path
+    name: str  # of the LoRA file, without ending
+
+    @property
+    def preset(self) -> Path:
+        return self.root / "preset.toml"
+
+    @property
+    def events(self) -> Path:
+        return self.root / "events.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def previews(self) -> Path:
+        return self.root / "previews"
+
+    @property
+    def cache(self) -> Path:
+        return self.root / "cache"
+
+    @property
+    def lora(self) -> Path:
+        return self.root / f"{self.name}.safetensors"
+
+    def lora_at(self, step: int) -> Path:
+        return self.checkpoints / f"{self.name}-{step:06d}.safetensors"
+
+    @classmethod
+    def create(cls, config: TrainConfig) -> RunFolder:
+        """A new folder under config.output, with a full copy of the preset in it."""
+        number = 1
+        while True:
+            folder = cls(
+                config.output / (config.name if number == 1 else f"{config.name}-{number}"), config.name
+            )
+            try:
+                folder.root.mkdir(parents=True)
+                break
+            except FileExistsError:
+                if folder.never_trained():
+                    break  # a start that was refused; its folder serves the next one
+                number += 1
+            except OSError as problem:
+                raise SaveFailed(
+                    f"The run folder {folder.root} cannot be made: {problem}. Choose another `output`."
+                ) from problem
+        for part in (folder.checkpoints, folder.previews):
+            part.mkdir(exist_ok=True)
+        write_atomic(folder.preset, lambda path: _write_text(path, presets.dump(config)))
+        return folder
+
+    def never_trained(self) -> bool:
+        """A run folder of ours in which no step was saved, and no process is at work."""
+        if not self.preset.exists() or self.lora.exists() or any(self.checkpoints.glob("*")):
+            return False
+        try:
+            self.lock().release()
+        except RunBusy:
+            return False
+        return True
+
+    @classmethod
+    def reopen(cls, root: Path, overrides: Sequence[str] = ()) -> tuple[RunFolder, TrainConfig]:
+        """A run to go on with, and the preset it was started with, with `overrides`."""
+        preset = root / "preset.toml"
+        if not preset.exists():
+            raise ConfigError(
+                f"{root} is no run folder: it holds no preset.toml. Give the folder under `output`, such as runs/fox."
+            )
+        config = presets.load(preset, overrides)
+        folder = cls(root, config.name)
+        for part in (folder.root, folder.checkpoints, folder.previews):
+            sweep_partials(part)
+        return folder, config
+
+    def lock(self) -> FileLock:
+        """Held while training; the operating system frees it when the process dies. Raises RunBusy."""
+        lock = FileLock(self.root / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise RunBusy(
+                f"Another process is training in {self.root}. Wait for it, or stop it first."
+            ) from None
+        return lock
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
