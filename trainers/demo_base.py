@@ -1,6 +1,6 @@
 """Make the demo base: a small latent-diffusion model of our own, from nothing, in diffusers' folder layout.
 
-    python -m trainers.demo_base --minutes 120          # autoencoder, then UNet and text encoder; resumes where it was
+    python -m trainers.demo_base --minutes 120          # autoencoder, text encoder, UNet; resumes where it was
     python -m trainers.demo_base --check                # the bar it must pass, measured; sheet and README figures
 
 The folder it writes (`presets/demo/base`) is opened by the very code that opens SD 1.5. State lies beside the
@@ -14,10 +14,8 @@ import argparse
 import copy
 import json
 import math
-import random
 import time
 from pathlib import Path
-from string import ascii_lowercase
 
 import numpy as np
 import torch
@@ -31,9 +29,11 @@ from trainers.demo_check import check
 from trainers.demo_data import write_sprites, write_views
 from trainers.demo_models import SCALING, new_scheduler, new_text_encoder, new_tokenizer, new_unet, new_vae
 from trainers.demo_scenes import DEMO, SIZE, training_scenes, training_things
+from trainers.demo_words import caption_ids, sample_captions, train_words
 from trainers.diffusion import NoiseSchedule
 
 SCENES_PER_THING = 100
+WORD_STEPS = 1500
 
 
 class Budget:
@@ -152,30 +152,7 @@ def encode_scenes(vae: AutoencoderKL, scenes: np.ndarray) -> tuple[Tensor, Tenso
     return torch.cat(means), torch.cat(stds)
 
 
-def caption_ids(tokenizer: CLIPTokenizer, per_thing: int) -> Tensor:
-    """-> token ids (scenes, 6, length), a column per share of `CAPTION_SHARES`.
-
-    Two columns have a meaningless word before the noun ("a zxq dog on a red background"): without them the model
-    had seen a colour at a few positions only, and an unknown word, which DreamBooth lives on, shifted it to another.
-    """
-    rng, rows = random.Random("words"), []
-    for s in training_scenes(per_thing):
-        word = "".join(rng.choices(ascii_lowercase, k=rng.randint(2, 4)))
-        odd, odd_kind = s.caption(f"{word} {s.thing.name}"), s.caption(f"{word} {s.thing.kind}")
-        rows.append((s.caption(), odd, s.caption(s.thing.kind), odd_kind, s.noun(), ""))
-    flat = [caption for row in rows for caption in row]
-    length = tokenizer.model_max_length
-    ids = tokenizer(
-        flat, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-    ).input_ids
-    table: Tensor = ids.reshape(len(rows), len(CAPTION_SHARES), length)
-    return table
-
-
-# in full, with an odd word, by class word, by class with an odd word, without the background, empty
-# Colours are learnt at once and draw every attention head to their word. A noun alone has no colour to look at,
-# so a third of the captions is that, and the object's box counts three times in the loss.
-CAPTION_SHARES = (0.42, 0.10, 0.05, 0.03, 0.30, 0.10)
+# Colours are learnt at once and draw every attention head to their word, so the object's box counts three times.
 OBJECT_WEIGHT = 3.0
 
 
@@ -192,42 +169,34 @@ def object_weights(per_thing: int) -> Tensor:
     return torch.stack(maps)[:, None]
 
 
-class DemoModel(nn.Module):
-    """What the second phase trains; one module so that EMA and state are one loop over parameters."""
-
-    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
-        super().__init__()
-        self.unet, self.text_encoder = unet, text_encoder
-
-    def forward(self, z: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        words = self.text_encoder(ids).last_hidden_state  # (N, length, 128)
-        prediction: Tensor = self.unet(z, t, words).sample
-        return prediction
+def words_of(args: argparse.Namespace, tokenizer: CLIPTokenizer, captions: Tensor) -> CLIPTextModel:
+    """The text encoder in the folder, else a new one, trained (two minutes); it stays as it is from here on."""
+    folder = args.out / "text_encoder"
+    if (folder / "config.json").exists():
+        encoder: CLIPTextModel = CLIPTextModel.from_pretrained(folder).float()
+        return encoder.eval().requires_grad_(False)
+    torch.manual_seed(0)
+    encoder = new_text_encoder(tokenizer)
+    train_words(encoder, tokenizer, captions, steps=WORD_STEPS)
+    encoder.half().save_pretrained(folder)  # what ships is what the UNet sees
+    return encoder.float()
 
 
 def train_unet(scenes: np.ndarray, args: argparse.Namespace, vae: AutoencoderKL) -> None:
     """v-prediction on cached latents with floored min-SNR, AdamW, EMA; writes the folder as it goes."""
-    device = vae.device
+    device, per_thing = vae.device, len(scenes) // len(training_things())
     tokenizer, schedule = new_tokenizer(), NoiseSchedule.from_scheduler(new_scheduler()).to(device)
+    captions = caption_ids(tokenizer, per_thing)
+    encoder = words_of(args, tokenizer, captions).to(device)
     torch.manual_seed(0)
-    model = DemoModel(new_unet(), new_text_encoder(tokenizer)).to(device)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+    unet = new_unet().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
-        [
-            {"params": list(model.unet.parameters()), "share": 1.0, "weight_decay": 0.01},
-            # slower and without decay: it is to keep its words apart, not to find colours first
-            {"params": list(model.text_encoder.parameters()), "share": 0.25, "weight_decay": 0.0},
-        ],
-        lr=args.lr,
-        betas=(0.9, 0.99),
-        fused=True,
+        unet.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
     )
-    ema = {name: p.detach().clone() for name, p in model.named_parameters()}
-    step, spent = load_state(args.out, model, ema, optimizer)
+    ema = {name: p.detach().clone() for name, p in unet.named_parameters()}
+    step, spent = load_state(args.out, unet, ema, optimizer)
     mean, std = encode_scenes(vae, scenes)
-    ids = caption_ids(tokenizer, len(scenes) // len(training_things())).to(device)
-    cells = object_weights(len(scenes) // len(training_things())).to(device)
-    shares = torch.tensor(CAPTION_SHARES)
+    cells = object_weights(per_thing).to(device)
     torch.manual_seed(1000 + step)
     budget, saved, losses = Budget(args.minutes, spent), time.monotonic(), []
     while not budget.over:
@@ -236,18 +205,21 @@ def train_unet(scenes: np.ndarray, args: argparse.Namespace, vae: AutoencoderKL)
         # the later of two: words decide at high noise, where a uniform draw is too seldom
         t = torch.randint(len(schedule), (2, args.batch), device=device).amax(0)
         eps = torch.randn_like(z)
-        words = ids[rows, torch.multinomial(shares, args.batch, replacement=True)]
-        error = model(schedule.noise(z, eps, t), t, words).float() - schedule.target(z, eps, t)
+        with torch.no_grad():
+            words = encoder(sample_captions(captions, rows).to(device)).last_hidden_state  # (N, length, 128)
+        with torch.autocast(device.type, torch.bfloat16):
+            v = unet(schedule.noise(z, eps, t), t, words).sample
+        error = v.float() - schedule.target(z, eps, t)
         loss = (schedule.weight("min_snr_floored", t) * (cells[rows] * error.square()).mean((1, 2, 3))).mean()
         for group in optimizer.param_groups:
-            group["lr"] = budget.rate(args.lr) * group["share"]
+            group["lr"] = budget.rate(args.lr)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         step += 1
         decay = min(0.9995, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(ema.values()), [p.detach() for p in model.parameters()], 1 - decay)
+        torch._foreach_lerp_(list(ema.values()), [p.detach() for p in unet.parameters()], 1 - decay)
         losses.append(loss.detach())
         if step % 50 == 0:
             print(
@@ -256,8 +228,8 @@ def train_unet(scenes: np.ndarray, args: argparse.Namespace, vae: AutoencoderKL)
                 flush=True,
             )
         if time.monotonic() - saved > 240 or budget.over:
-            save_state(args.out, model, ema, optimizer, step=step, spent_s=budget.elapsed_s)
-            save_base(args.out, vae, model, ema, tokenizer)
+            save_state(args.out, unet, ema, optimizer, step=step, spent_s=budget.elapsed_s)
+            save_base(args.out, vae, encoder, unet, ema, tokenizer)
             saved = time.monotonic()
 
 
@@ -276,17 +248,18 @@ def save_state(
 
 
 def load_state(
-    folder: Path, model: DemoModel, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer
+    folder: Path, unet: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> tuple[int, float]:
-    """Continue where `state.safetensors` ends -> (step, seconds spent); (0, 0.0) without one."""
+    """Continue where `state.safetensors` ends -> (step, seconds spent). Without one, (0, 0.0): from the UNet in the
+    folder, if there is one, with a fresh optimizer."""
     path = folder / "state.safetensors"
     if not path.exists():
-        warm_start(folder, model, ema)
+        warm_start(folder, unet, ema)
         return 0, 0.0
     with safe_open(path, "pt") as state:
         facts = state.metadata()
         with torch.no_grad():
-            for name, p in model.named_parameters():
+            for name, p in unet.named_parameters():
                 p.copy_(state.get_tensor(f"model.{name}"))
                 ema[name].copy_(state.get_tensor(f"ema.{name}"))
                 optimizer.state[p] = {
@@ -296,29 +269,31 @@ def load_state(
     return int(facts["step"]), float(facts["spent_s"])
 
 
-def warm_start(folder: Path, model: DemoModel, ema: dict[str, Tensor]) -> None:
-    """Without a state, go on from the weights of the parts in the folder; the optimizer begins afresh."""
-    for part, kind in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel)):
-        if (folder / part / "config.json").exists():
-            print(f"going on from the weights in {folder / part}", flush=True)
-            stored = kind.from_pretrained(folder / part).float()
-            getattr(model, part).load_state_dict(stored.state_dict())
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            ema[name].copy_(p)
+def warm_start(folder: Path, unet: nn.Module, ema: dict[str, Tensor]) -> None:
+    if (folder / "unet" / "config.json").exists():
+        print(f"going on from the weights in {folder / 'unet'}", flush=True)
+        unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder / "unet").float().state_dict())
+        with torch.no_grad():
+            for name, p in unet.named_parameters():
+                ema[name].copy_(p)
 
 
 def save_base(
-    folder: Path, vae: AutoencoderKL, model: DemoModel, ema: dict[str, Tensor], tokenizer: CLIPTokenizer
+    folder: Path,
+    vae: AutoencoderKL,
+    encoder: CLIPTextModel,
+    unet: nn.Module,
+    ema: dict[str, Tensor],
+    tokenizer: CLIPTokenizer,
 ) -> None:
     """The EMA weights as a diffusers folder, fp16."""
-    averaged = copy.deepcopy(model)
-    averaged.load_state_dict(ema, strict=False)
+    averaged = copy.deepcopy(unet)
+    averaged.load_state_dict(ema)
     pipeline = StableDiffusionPipeline(
         vae=copy.deepcopy(vae),
-        text_encoder=averaged.text_encoder,
+        text_encoder=copy.deepcopy(encoder),
         tokenizer=tokenizer,
-        unet=averaged.unet,
+        unet=averaged,
         scheduler=new_scheduler(),
         safety_checker=None,
         feature_extractor=None,
@@ -337,7 +312,7 @@ def main() -> None:
         "--minutes", type=float, default=120, help="training time of the UNet, over all sessions"
     )
     parser.add_argument("--vae-minutes", type=float, default=20)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1.2e-3)
     parser.add_argument("--out", type=Path, default=DEMO / "base")
     parser.add_argument("--check", action="store_true", help="measure the bar; write the sheet and figures")

@@ -110,7 +110,8 @@ def test_the_first_frame_of_an_animation(tmp_path: Path, name: str) -> None:
 def test_every_mode_becomes_plain_rgb(tmp_path: Path) -> None:
     for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"):
         path = tmp_path / f"{mode}.tif"
-        Image.new(mode, (8, 6)).save(path)
+        # Pillow 12.3 cannot read back the uncompressed YCbCr it writes; such files are JPEG inside in the wild
+        Image.new(mode, (8, 6)).save(path, compression="jpeg" if mode == "YCbCr" else None)
         image = open_image(path)
         assert (image.mode, image.size, image.info) == ("RGB", (8, 6), {})
 
