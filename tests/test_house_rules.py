@@ -25,14 +25,13 @@ DIFFUSERS = {  # the rooms that meet a model; everything else works on tensors a
         "ldm_names",
         "clip_vocabulary",
     },
-    "trainers": {"conditioning", "diffusion", "demo_base", "demo_models"},
+    "trainers": {"conditioning", "diffusion", "demo_base", "demo_models", "demo_vae", "demo_words"},
     "app": set(),
 }
 SAFETENSORS = {"lora_core": {"safe_files", "safe_header"}, "trainers": {"demo_base"}, "app": set()}
 TRAINERS_FOR_APP = {"config", "presets", "events", "dataset", "buckets", "images", "captions"}
 LONG: dict[str, str] = {  # beyond 300 lines, with the reason
     "trainers/config.py": "every setting of a preset with its docstring: one list, read as one",
-    "trainers/demo_base.py": "two training loops that share their state and their command line",
     "lora_core/models.py": "the ways to open a base model and their refusals, side by side",
 }
 

@@ -3,9 +3,9 @@
     python -m trainers.demo_base --minutes 120          # autoencoder, text encoder, UNet; resumes where it was
     python -m trainers.demo_base --check                # the bar it must pass, measured; sheet and README figures
 
-The folder it writes (`presets/demo/base`) is opened by the very code that opens SD 1.5. State lies beside the
-result until `--finish`, so a run can be continued with a larger budget: the learning rate follows a cosine over
-the *time* budget, which makes a contended machine end at zero all the same.
+The folder it writes (`presets/demo/base`) is opened by the very code that opens SD 1.5. `state.safetensors` lies
+beside the result (git ignores it), so a run that was cut off goes on where it was, and one that ended goes on with
+more `--minutes`. The learning rate follows a cosine over the *time* budget: a contended machine ends at zero too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import time
 from pathlib import Path
 
@@ -25,10 +24,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from trainers.demo_budget import Budget
 from trainers.demo_check import check
 from trainers.demo_data import write_sprites, write_views
-from trainers.demo_models import SCALING, new_scheduler, new_text_encoder, new_tokenizer, new_unet, new_vae
+from trainers.demo_models import new_scheduler, new_text_encoder, new_tokenizer, new_unet
 from trainers.demo_scenes import DEMO, SIZE, training_scenes, training_things
+from trainers.demo_vae import encode_scenes, train_vae
 from trainers.demo_words import caption_ids, sample_captions, train_words
 from trainers.diffusion import NoiseSchedule
 
@@ -36,120 +37,9 @@ SCENES_PER_THING = 100
 WORD_STEPS = 1500
 
 
-class Budget:
-    """Wall-clock training time of one phase, over all its sessions."""
-
-    def __init__(self, minutes: float, spent_s: float = 0.0) -> None:
-        self.total_s = minutes * 60
-        self.spent_s = spent_s
-        self._began = time.monotonic()
-
-    @property
-    def elapsed_s(self) -> float:
-        return self.spent_s + time.monotonic() - self._began
-
-    @property
-    def over(self) -> bool:
-        return self.elapsed_s >= self.total_s
-
-    @property
-    def done(self) -> float:
-        return min(1.0, self.elapsed_s / self.total_s)
-
-    def rate(self, peak: float, *, warmup_s: float = 60.0, floor: float = 0.01) -> float:
-        """Learning rate now: linear warm-up, then cosine to `floor * peak` over the time budget."""
-        warm = min(1.0, self.elapsed_s / warmup_s)
-        return peak * warm * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * self.done)))
-
-
-def scene_tensor(images: list[np.ndarray]) -> Tensor:
-    """uint8 HWC pictures -> float NCHW in -1..1, channels last (a quarter faster for convolutions on a CPU)."""
-    batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return batch.contiguous(memory_format=torch.channels_last)
-
-
 def draw_scenes(per_thing: int) -> np.ndarray:
     """-> uint8 [scene, SIZE, SIZE, 3], in the order of `training_scenes`."""
     return np.stack([np.asarray(scene.draw()) for scene in training_scenes(per_thing)])
-
-
-# --- autoencoder ---------------------------------------------------------------------------------------------
-
-
-def vae_batch(scenes: np.ndarray, side: int, count: int, rng: np.random.Generator) -> Tensor:
-    """Random crops of `side` pixels; a quarter with permuted colour channels, for colours no object has."""
-    batch = []
-    for i in rng.integers(len(scenes), size=count):
-        x, y = rng.integers(SIZE - side + 1, size=2)
-        crop = scenes[i, y : y + side, x : x + side]
-        batch.append(crop[:, :, rng.permutation(3)] if rng.random() < 0.25 else crop)
-    return scene_tensor(batch)
-
-
-def train_vae(scenes: np.ndarray, minutes: float, folder: Path, device: torch.device) -> AutoencoderKL:
-    """Reconstruction (L2, a little L1) with a KL of 1e-6; then latents are centred and scaled in the weights.
-
-    Early learning is bound by the number of steps, not of pixels: the first 60 % of the time goes to crops of
-    half the side, four times as many steps; the rest to whole pictures, whose group-norm statistics differ.
-    """
-    torch.manual_seed(0)
-    vae = new_vae().to(device, memory_format=torch.channels_last)
-    nn.init.constant_(
-        vae.quant_conv.bias[vae.config.latent_channels :].detach(), -6
-    )  # begin with little noise
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3)
-    rng, budget, step = np.random.default_rng(1), Budget(minutes), 0
-    while not budget.over:
-        x = vae_batch(scenes, SIZE // 2 if budget.done < 0.6 else SIZE, 8, rng).to(device)
-        posterior = vae.encode(x).latent_dist
-        error = vae.decode(posterior.sample()).sample - x
-        loss = error.square().mean() + 0.1 * error.abs().mean() + 1e-6 * posterior.kl().mean()
-        for group in optimizer.param_groups:
-            group["lr"] = budget.rate(2e-3, warmup_s=30)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        if step % 25 == 0:
-            db = -10 * math.log10(error.detach().square().mean().item() / 4)
-            print(f"vae step {step}, {budget.elapsed_s / 60:.1f} min, {db:.1f} dB", flush=True)
-    vae.eval().requires_grad_(False)
-    normalise_latents(vae, scene_tensor(list(scenes[:: max(1, len(scenes) // 512)])).to(device))
-    vae.save_pretrained(folder / "vae")
-    return vae
-
-
-@torch.no_grad()
-def normalise_latents(vae: AutoencoderKL, pictures: Tensor) -> None:
-    """Fold each latent channel's mean and spread into the 1x1 convolutions around the latent.
-
-    After this `latent * SCALING` has mean 0 and deviation 1 per channel, so a pipeline needs no shift.
-    """
-    latents = torch.cat([vae.encode(part).latent_dist.mean for part in torch.split(pictures, 64)])
-    mean = latents.mean((0, 2, 3))  # (4,)
-    factor = 1 / (SCALING * latents.std((0, 2, 3)))  # new = (old - mean) * factor
-    quant, post = vae.quant_conv, vae.post_quant_conv
-    n = len(mean)
-    quant.weight[:n] *= factor[:, None, None, None]
-    quant.bias[:n] = (quant.bias[:n] - mean) * factor
-    quant.bias[n:] += 2 * factor.log()  # rows n.. give log variances
-    post.bias += (post.weight[:, :, 0, 0] * mean).sum(1)
-    post.weight /= factor[None, :, None, None]
-
-
-# --- UNet ----------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def encode_scenes(vae: AutoencoderKL, scenes: np.ndarray) -> tuple[Tensor, Tensor]:
-    """-> mean and std of the scaled latents, (scenes, 4, SIZE/4, SIZE/4) each."""
-    means, stds = [], []
-    for start in range(0, len(scenes), 64):
-        posterior = vae.encode(scene_tensor(list(scenes[start : start + 64])).to(vae.device)).latent_dist
-        means.append(posterior.mean * SCALING)
-        stds.append(posterior.std * SCALING)
-    return torch.cat(means), torch.cat(stds)
 
 
 # Colours are learnt at once and draw every attention head to their word, so the object's box counts three times.
