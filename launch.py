@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("--steps", type=int)
     make.add_argument("--guidance", type=float)
     make.add_argument("--count", type=int)
+    make.add_argument("--sampler", help="DDIM, Euler, DPM++ 2M ...; left out: the model's own")
     make.add_argument("--width", type=int)
     make.add_argument("--height", type=int)
     make.add_argument(

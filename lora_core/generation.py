@@ -9,9 +9,10 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
-from lora_core.errors import ConfigError, FileRefused
+from lora_core.errors import ConfigError, FileRefused, did_you_mean
 from lora_core.parameters import Parameters, Weights, parameters_text, parse_parameters
 from lora_core.safe_files import write_atomic
+from lora_core.samplers import SAMPLERS
 
 __all__ = [
     "GeneratedImage",
@@ -36,6 +37,7 @@ class GenerationRequest:
 
     seed            of the first picture; None or -1 draws one
     guidance        classifier-free guidance scale; 1 is without
+    sampler         a name of samplers.SAMPLERS; None is the model's own scheduler
     width, height   pixels, multiples of 8; None is the model's own size
     count           pictures, each with the next seed
     mixes           one weights-dict per picture instead; these pictures share their seed, to be compared
@@ -49,6 +51,7 @@ class GenerationRequest:
     width: int | None = None
     height: int | None = None
     count: int = 1
+    sampler: str | None = None
     mixes: tuple[Weights, ...] | list[Weights] | None = None
 
     def __post_init__(self) -> None:
@@ -68,6 +71,9 @@ class GenerationRequest:
                 if side % 8:
                     near = max(8, round(side / 8) * 8)
                     raise ConfigError(f"{name} = {side} must be a multiple of 8: {near} is the nearest.")
+        if self.sampler is not None and self.sampler not in SAMPLERS:
+            hint = did_you_mean(str(self.sampler), SAMPLERS)
+            raise ConfigError(f"sampler = {_kind(self.sampler)} is unknown.{hint}")
         if self.mixes is not None:
             self._check_mixes(self.mixes)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_core.adapter import COMPONENTS, Adapter, Coverage, resolve
 from lora_core.base_weights import BaseReport, BaseWeights
@@ -20,8 +20,10 @@ from lora_core.generation import GeneratedImage, GenerationRequest, parameters_t
 from lora_core.mix import AdapterWeight, Mix, WeightValue
 from lora_core.models import OpenedBase, open_base
 from lora_core.rack import Rack
+from lora_core.samplers import sampler_name, scheduler_for
 
 OnStep = Callable[[int, int], bool | None]  # step, steps -> False asks to stop
+OnLatents = Callable[[Tensor], None]  # (images, channels, h, w), after each step
 
 
 class LivePipeline:
@@ -172,10 +174,17 @@ class LivePipeline:
 
     # --- pictures ------------------------------------------------------------------------------------------
 
-    def generate(self, request: GenerationRequest, *, on_step: OnStep | None = None) -> list[GeneratedImage]:
+    def generate(
+        self,
+        request: GenerationRequest,
+        *,
+        on_step: OnStep | None = None,
+        on_latents: OnLatents | None = None,
+    ) -> list[GeneratedImage]:
         """Image i uses seed + i; with `mixes` (one weights-dict per image) all share the seed, to be compared.
 
-        `on_step(step, steps)` is called after each denoising step; returning False raises `Stopped`.
+        After each denoising step `on_latents` sees the latents (for a preview; not to be changed), then
+        `on_step(step, steps)` is called; returning False raises `Stopped`.
         """
         with self._lock, torch.no_grad():
             first = random.randrange(2**32) if request.seed is None or request.seed < 0 else request.seed
@@ -186,7 +195,7 @@ class LivePipeline:
                 self._unfuse()
                 self._rack.set_mixes(mixes)
                 try:
-                    pictures = self._denoise(request, seeds, on_step)
+                    pictures = self._denoise(request, seeds, on_step, on_latents)
                 finally:
                     self._rack.set_mixes([self._mix])
                     if was_fused:
@@ -194,7 +203,7 @@ class LivePipeline:
             else:
                 seeds = [first + i for i in range(request.count)]
                 mixes = [self._mix] * request.count
-                pictures = self._denoise(request, seeds, on_step)
+                pictures = self._denoise(request, seeds, on_step, on_latents)
         return [
             GeneratedImage(
                 picture,
@@ -205,8 +214,16 @@ class LivePipeline:
             for picture, seed, mix in zip(pictures, seeds, mixes, strict=True)
         ]
 
-    def _denoise(self, request: GenerationRequest, seeds: Sequence[int], on_step: OnStep | None) -> list[Any]:
+    def _denoise(
+        self,
+        request: GenerationRequest,
+        seeds: Sequence[int],
+        on_step: OnStep | None,
+        on_latents: OnLatents | None,
+    ) -> list[Any]:
         def after_step(_: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+            if on_latents is not None:
+                on_latents(kwargs["latents"])
             if on_step is not None and on_step(step + 1, request.steps) is False:
                 raise Stopped(f"Stopped after step {step + 1} of {request.steps}.")
             return kwargs
@@ -214,16 +231,21 @@ class LivePipeline:
         self.pipeline.set_progress_bar_config(disable=True)
         # noise drawn on the CPU, one generator per image: the same seed is the same picture on every device
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        result = self.pipeline(
-            prompt=[request.prompt] * len(seeds),
-            negative_prompt=[request.negative_prompt] * len(seeds),
-            num_inference_steps=request.steps,
-            guidance_scale=request.guidance,
-            width=request.width,
-            height=request.height,
-            generator=generators,
-            callback_on_step_end=after_step,
-        )
+        own = self.pipeline.scheduler
+        self.pipeline.scheduler = scheduler_for(request.sampler, own)
+        try:
+            result = self.pipeline(
+                prompt=[request.prompt] * len(seeds),
+                negative_prompt=[request.negative_prompt] * len(seeds),
+                num_inference_steps=request.steps,
+                guidance_scale=request.guidance,
+                width=request.width,
+                height=request.height,
+                generator=generators,
+                callback_on_step_end=after_step,
+            )
+        finally:
+            self.pipeline.scheduler = own
         return list(result.images)
 
     def _parameters(self, request: GenerationRequest, size: tuple[int, int], seed: int, mix: Mix) -> str:
@@ -236,7 +258,7 @@ class LivePipeline:
             request,
             seed=seed,
             size=size,
-            sampler=type(self.pipeline.scheduler).__name__.removesuffix("Scheduler"),
+            sampler=sampler_name(request.sampler, self.pipeline.scheduler),
             model=self.base_name,
             model_hash=self.opened.model_hash if self.opened else None,
             weights={n: w.plain for n, w in mix.items()},

@@ -36,6 +36,7 @@ class Recipe:
     steps: int = 25
     guidance: float = 7.5
     count: int = 1
+    sampler: str | None = None
     width: int | None = None
     height: int | None = None
     loras: dict[str, WeightValue] = field(default_factory=dict)
@@ -89,6 +90,7 @@ class Recipe:
             width=self.width,
             height=self.height,
             count=1 if mixes else self.count,
+            sampler=self.sampler,
             mixes=mixes,
         )
 

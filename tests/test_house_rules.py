@@ -24,6 +24,7 @@ DIFFUSERS = {  # the rooms that meet a model; everything else works on tensors a
         "base_files",
         "ldm_names",
         "clip_vocabulary",
+        "samplers",
     },
     "trainers": {"conditioning", "diffusion", "demo_base", "demo_models", "demo_vae", "demo_words"},
     "app": set(),
