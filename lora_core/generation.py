@@ -19,6 +19,7 @@ __all__ = [
     "GenerationRequest",
     "Parameters",
     "Weights",
+    "free_name",
     "parameters_text",
     "parse_parameters",
     "read_png_parameters",
@@ -109,6 +110,16 @@ def save_png(image: GeneratedImage, path: Path | str) -> None:
     info = PngImagePlugin.PngInfo()
     info.add_text(PNG_KEY, image.parameters)  # tEXt, or iTXt where Latin-1 cannot spell it
     write_atomic(Path(path), lambda partial: image.image.save(partial, format="PNG", pnginfo=info))
+
+
+def free_name(folder: Path, picture: GeneratedImage, kind: str = "") -> Path:
+    """A file that does not exist yet: nothing is written over."""
+    number = 0
+    while True:
+        path = folder / f"{number:05d}-{picture.seed}{'-' + kind if kind else ''}.png"
+        if not path.exists():
+            return path
+        number += 1
 
 
 def read_png_parameters(path: Path | str) -> str:

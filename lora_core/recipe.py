@@ -21,7 +21,7 @@ from typing import Any
 from PIL import Image
 
 from lora_core.errors import ConfigError, LoraError, did_you_mean
-from lora_core.generation import GeneratedImage, GenerationRequest, save_png
+from lora_core.generation import GenerationRequest, free_name, save_png
 from lora_core.mix import AdapterWeight, WeightValue
 from lora_core.pipeline import LivePipeline
 from lora_core.safe_files import write_atomic
@@ -131,27 +131,17 @@ def make(recipe: Recipe) -> Iterator[str]:
     folder = recipe.out
     folder.mkdir(parents=True, exist_ok=True)
     for picture in pictures:
-        path = _free_name(folder, picture)
+        path = free_name(folder, picture)
         save_png(picture, path)
         yield f"{path} (seed {picture.seed}{f', {picture.weights}' if picture.weights else ''})"
     if len(pictures) > 1:
-        path = _free_name(folder, pictures[0], "strip")
+        path = free_name(folder, pictures[0], "strip")
         strip = _strip([p.image for p in pictures])
         write_atomic(path, lambda target: strip.save(target, "PNG"))
         yield f"{path} (side by side)"
     if names:
         pipe.unload()
         yield f"unloaded; {pipe.verify_base()}"
-
-
-def _free_name(folder: Path, picture: GeneratedImage, kind: str = "") -> Path:
-    """A file that does not exist yet: nothing is written over."""
-    number = 0
-    while True:
-        path = folder / f"{number:05d}-{picture.seed}{'-' + kind if kind else ''}.png"
-        if not path.exists():
-            return path
-        number += 1
 
 
 def _strip(images: list[Image.Image]) -> Image.Image:

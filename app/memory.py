@@ -1,0 +1,128 @@
+"""What the user wants, and the small file it is kept in: a reload, a second tab and a restart find it again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from lora_core.errors import ConfigError, LoraError
+from lora_core.generation import GenerationRequest
+from lora_core.mix import WeightValue
+from lora_core.safe_files import write_atomic
+
+
+@dataclass(frozen=True)
+class Row:
+    """One LoRA of the mixer. `text` is the text encoders' own weight, None where they follow `weight`;
+    `aside` is why the base that is open cannot wear it, empty if it does."""
+
+    name: str
+    file: str
+    weight: float = 1.0
+    text: float | None = None
+    on: bool = True
+    aside: str = ""
+    facts: str = ""
+    triggers: tuple[str, ...] = ()
+
+    def changed(self, **changes: Any) -> Row:
+        return replace(self, **changes)
+
+    @property
+    def value(self) -> WeightValue:
+        """As `LivePipeline.set_weights` takes it."""
+        if not self.on:
+            return 0.0
+        return self.weight if self.text is None else {"unet": self.weight, "text_encoder": self.text}
+
+
+@dataclass(frozen=True)
+class Form:
+    """The fields of the Generate tab."""
+
+    prompt: str = "a fox on a blue background"
+    negative_prompt: str = ""
+    seed: int = 0
+    steps: int = 25
+    guidance: float = 7.5
+    width: int = 0  # 0: the model's own
+    height: int = 0
+    count: int = 1
+    sampler: str = ""  # empty: the model's own
+
+    def changed(self, **changes: Any) -> Form:
+        return replace(self, **changes)
+
+    def request(self) -> GenerationRequest:
+        """Raises ConfigError, whose sentence names the field."""
+        if not self.prompt.strip():
+            raise ConfigError("The prompt is empty. Describe a picture, such as: a cat on a red background.")
+        return GenerationRequest(
+            prompt=self.prompt,
+            negative_prompt=self.negative_prompt,
+            seed=self.seed,
+            steps=self.steps,
+            guidance=self.guidance,
+            width=self.width or None,
+            height=self.height or None,
+            count=self.count,
+            sampler=self.sampler or None,
+        )
+
+
+@dataclass
+class Wanted:
+    base: str = "demo"
+    rows: dict[str, Row] = field(default_factory=dict)
+    form: Form = field(default_factory=Form)
+    fused: bool = False
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        rows = [_known(Row, row) for row in data.get("rows", [])]
+        wanted = cls(
+            str(data.get("base", "demo")), {r.name: r for r in rows}, _known(Form, data.get("form", {}))
+        )
+        wanted.rows = {n: r.changed(triggers=tuple(r.triggers)) for n, r in wanted.rows.items()}
+        return wanted
+
+
+T = TypeVar("T")
+
+
+def _known(kind: type[T], data: dict[str, Any]) -> T:
+    """A later version's file may have fields that this one does not know."""
+    names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind(**{k: v for k, v in data.items() if k in names})
+
+
+def read_wanted(path: Path) -> Wanted:
+    """The last session, or a fresh one; a file that cannot be read is put aside, not written over."""
+    try:
+        return Wanted.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return Wanted()
+    except (OSError, ValueError, TypeError, AttributeError, LoraError):
+        if path.exists():
+            path.replace(path.with_name(f"{path.stem}-unreadable.json"))
+        return Wanted()
+
+
+def write_wanted(path: Path, wanted: Wanted) -> None:
+    text = json.dumps(
+        {
+            "base": wanted.base,
+            "rows": [dataclasses.asdict(row) for row in wanted.rows.values()],
+            "form": dataclasses.asdict(wanted.form),
+        },
+        indent=1,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, lambda target: _write(target, text))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,301 @@
+"""The one session of the one user: which base is open, which LoRAs are worn and how strongly, what is being made.
+
+The page is a window onto this; it may be closed, reloaded or opened twice. What the user wants (`base`, `rows`,
+`form`) changes at once and is kept in one small file; what costs time (opening, loading, drawing) is a job that
+brings the pipeline to what is wanted when its turn comes.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from app.draft import Draft
+from app.gpu_lease import leased
+from app.jobs import Job, Worker
+from app.library import Library
+from app.memory import Row, Wanted, read_wanted, write_wanted
+from app.pictures import Pictures, data_uri
+from app.plan import Plan, slug
+from app.training import Training
+from lora_core.adapter import Coverage
+from lora_core.errors import FileRefused, LoraError, WrongFamily
+from lora_core.generation import GenerationRequest
+from lora_core.mix import AdapterWeight
+from lora_core.pipeline import LivePipeline
+from lora_core.preview import LatentPreview
+from lora_core.safe_files import write_atomic
+
+
+class Session:
+    """`models` holds Lora and Stable-diffusion, `outputs` the pictures, `runs` the trainings."""
+
+    def __init__(self, models: Path, outputs: Path, runs: Path, *, open_now: bool = True) -> None:
+        self.library, self.pictures, self.training = Library(models), Pictures(outputs), Training(runs)
+        self.runs = runs.absolute()
+        self.worker = Worker()
+        self.pipe: LivePipeline | None = None
+        self.seal = ""  # the last proof, in words; empty while LoRAs are fused or nothing is open
+        self.last_request: GenerationRequest | None = None
+        self.mixer_revision = 0  # grows when rows come, go or are changed by anything but their own sliders
+        self._memory = models / "session.json"
+        self._lock = threading.RLock()  # guards `wanted`
+        self.wanted: Wanted = read_wanted(self._memory)
+        if open_now:
+            self.worker.submit("Opening the model", lambda job: self._ready(job).base_name + " is open.")
+
+    # --- what is wanted: at once, from any thread -----------------------------------------------------------
+
+    @property
+    def rows(self) -> dict[str, Row]:
+        return self.wanted.rows
+
+    def set_row(self, name: str, **changes: Any) -> None:
+        """weight, text or on of one row; a fused mix is live again, because fused weights cannot follow."""
+        with self._lock:
+            if name in self.rows:
+                self.rows[name] = self.rows[name].changed(**changes)
+                self.wanted.fused = False
+        self._changed()
+
+    def remember(self, **fields: Any) -> None:
+        """Fields of the Generate form, as the page last had them."""
+        with self._lock:
+            self.wanted.form = self.wanted.form.changed(**fields)
+        self.save()
+
+    def save(self) -> None:
+        with self._lock:
+            write_wanted(self._memory, self.wanted)
+
+    def close(self) -> None:
+        """Keep what is wanted, stop the job at hand. A training is another process and goes on."""
+        self.worker.close()
+        self.save()
+
+    def _changed(self, *, rows: bool = False) -> None:
+        if rows:
+            self.mixer_revision += 1
+        self.save()
+        self.worker.changed()
+
+    # --- jobs -----------------------------------------------------------------------------------------------
+
+    def choose_base(self, source: str) -> Job:
+        return self.worker.submit(f"Opening {Path(source).name}", lambda job: self._open(source, job))
+
+    def wear(self, names: Sequence[str]) -> Job:
+        """LoRAs of the library into the mixer, at weight 1."""
+        return self.worker.submit(f"Loading {', '.join(names)}", lambda job: self._wear(names, job))
+
+    def drop(self, files: Sequence[tuple[Path, str]]) -> Job:
+        """Uploaded files (where they lie, what they are called): the good ones are worn, the bad ones named."""
+        return self.worker.submit(f"Checking {len(files)} files", lambda job: self._drop(files, job))
+
+    def use(self, file: Path) -> Job:
+        """A training's LoRA, finished or of any step: a copy goes into the library and is worn."""
+        return self.worker.submit(f"Loading {file.stem}", lambda job: self._use(file, job))
+
+    def use_trained(self) -> Job:
+        """The finished LoRA of the training on show."""
+        view = self.training.view()
+        if view is None or view.lora is None:
+            raise LoraError(
+                "There is no finished LoRA yet. Start a training, or stop and save the running one."
+            )
+        return self.use(view.lora)
+
+    def train(self, plan: Plan, draft: Draft) -> Path:
+        """Start `plan` on the draft's pictures as they are now -> the run folder."""
+        if self.training.current() is not None:
+            raise LoraError("A training is running. Wait for it, or stop and save it first.")
+        pictures = draft.freeze(slug(plan.name))
+        return self.training.start(plan.preset, plan.overrides(pictures, self.runs))
+
+    def remove(self, name: str) -> Job:
+        return self.worker.submit(f"Removing {name}", lambda job: self._remove([name]))
+
+    def unload(self) -> Job:
+        return self.worker.submit("Taking all LoRAs off", lambda job: self._remove(list(self.rows)))
+
+    def fuse(self) -> Job:
+        return self.worker.submit("Fusing", self._fuse)
+
+    def unfuse(self) -> Job:
+        return self.worker.submit("Unfusing", self._unfuse)
+
+    def generate(self, request: GenerationRequest) -> Job:
+        return self.worker.submit("Making pictures", lambda job: self._generate(request, job))
+
+    # --- on the worker's thread -----------------------------------------------------------------------------
+
+    def _ready(self, job: Job) -> LivePipeline:
+        """The pipeline, opened if it is not, with the LoRAs that are wanted."""
+        if self.pipe is None:
+            self._open(self.wanted.base, job)
+        assert self.pipe is not None
+        return self.pipe
+
+    def _open(self, source: str, job: Job) -> str:
+        before, self.pipe = self.pipe, None
+        if before is not None:
+            before.unload()
+            before.pipeline.to(
+                "cpu"
+            )  # two models may not fit on the card; if the new one is refused, this is back
+        try:
+            pipe = LivePipeline.open(source)
+        except LoraError:
+            if before is not None:
+                before.pipeline.to(_device())
+                self.pipe = before
+                self._load_rows(before)
+            elif source != "demo":
+                self.wanted.base = "demo"
+                self._open("demo", job)
+            raise
+        self.pipe, self.wanted.base, self.wanted.fused = pipe, source, False
+        self.look = LatentPreview(pipe.pipeline.vae)
+        self._load_rows(pipe)
+        self._prove(pipe)
+        self._changed(rows=True)
+        aside = [row.name for row in self.rows.values() if row.aside]
+        return f"{pipe.base_name} ({pipe.family.title}) is open." + (
+            f" Set aside, because they do not fit it: {', '.join(aside)}." if aside else ""
+        )
+
+    def _load_rows(self, pipe: LivePipeline) -> None:
+        """Every wanted LoRA that fits; the others stay in the mixer, set aside with the reason."""
+        for name, row in list(self.rows.items()):
+            try:
+                coverage = pipe.load(row.file, name=name, weight=row.value)
+                self.rows[name] = row.changed(aside="", facts=_facts(coverage))
+            except LoraError as problem:
+                self.rows[name] = row.changed(aside=str(problem))
+
+    def _wear(self, names: Sequence[str], job: Job) -> str:
+        pipe, said, problems = self._ready(job), [], []
+        for name in names:
+            try:
+                file = self.library.find(name)
+                if file.problem:
+                    raise FileRefused(file.problem)
+                coverage = pipe.load(file.path, name=file.name, weight=1.0)
+            except WrongFamily as problem:
+                problems.append(f"{name}: {problem} It is in the library for when such a model is open.")
+            except LoraError as problem:
+                problems.append(f"{name}: {problem}")
+            else:
+                with self._lock:
+                    self.rows[file.name] = Row(
+                        name=file.name, file=str(file.path), facts=_facts(coverage), triggers=file.triggers
+                    )
+                    self.wanted.fused = False
+                said.append(f"{file.name}: {coverage}.")
+        self._changed(rows=True)
+        if problems:
+            raise LoraError("\n".join([*problems, *said]))
+        return "\n".join(said)
+
+    def _drop(self, files: Sequence[tuple[Path, str]], job: Job) -> str:
+        names, problems = [], []
+        for path, filename in files:
+            try:
+                names.append(self.library.import_file(path, filename).name)
+            except LoraError as problem:
+                problems.append(f"{filename}: {problem}")
+        try:
+            said = self._wear(names, job) if names else ""
+        except LoraError as problem:
+            problems.append(str(problem))
+            said = ""
+        if problems:
+            raise LoraError("\n".join([*problems, *filter(None, [said])]))
+        return said
+
+    def _use(self, file: Path, job: Job) -> str:
+        copy = self.library.root / f".{file.name}.copy"
+        write_atomic(copy, lambda target: _copy(file, target))
+        return self._wear([self.library.import_file(copy, file.name).name], job)
+
+    def _remove(self, names: Sequence[str]) -> str:
+        with self._lock:
+            for name in names:
+                self.rows.pop(name, None)
+                if self.pipe is not None and name in self.pipe.loaded:
+                    self.pipe.delete(name)
+            self.wanted.fused = False
+        if self.pipe is not None:
+            self._prove(self.pipe)
+        self._changed(rows=True)
+        return f"Taken off: {', '.join(names)}. {self.seal}." if names else "There was no LoRA to take off."
+
+    def _apply(self, pipe: LivePipeline) -> None:
+        """The weights of the mixer onto the pipeline, if they differ: setting them makes a fused mix live."""
+        with self._lock:
+            wanted = {name: row.value for name, row in self.rows.items() if name in pipe.loaded}
+            fused = self.wanted.fused
+        if pipe.weights != {n: AdapterWeight.parse(n, v).plain for n, v in wanted.items()}:
+            pipe.set_weights(wanted)
+        if fused and not pipe.fused:
+            pipe.fuse()
+        elif pipe.fused and not fused:
+            pipe.unfuse()
+
+    def _fuse(self, job: Job) -> str:
+        pipe = self._ready(job)
+        if not pipe.loaded:
+            raise LoraError("There is no LoRA to fuse. Drop one onto the page, or load one from the library.")
+        self.wanted.fused, self.seal = True, ""
+        try:
+            self._apply(pipe)
+        except LoraError:
+            self.wanted.fused = False
+            raise
+        self._changed()
+        return "Fused into the base weights; unfusing brings them back, bit for bit."
+
+    def _unfuse(self, job: Job) -> str:
+        pipe = self._ready(job)
+        self.wanted.fused = False
+        self._apply(pipe)
+        self._prove(pipe)
+        self._changed()
+        return f"Live again. {self.seal}."
+
+    def _prove(self, pipe: LivePipeline) -> None:
+        self.seal = str(pipe.verify_base())
+
+    def _generate(self, request: GenerationRequest, job: Job) -> str:
+        job.show(steps=request.steps)
+        with leased(self.training, job.check):
+            pipe = self._ready(job)
+            self._apply(pipe)
+            self.last_request = request
+            made = pipe.generate(request, on_step=job.step, on_latents=self._preview_onto(job))
+        for picture in made:
+            self.pictures.keep(picture)
+        seeds = f"seed {made[0].seed}" + (f" to {made[-1].seed}" if len(made) > 1 else "")
+        return f"{len(made)} {'pictures' if len(made) > 1 else 'picture'} made, {seeds}."
+
+    def _preview_onto(self, job: Job) -> Callable[[torch.Tensor], None]:
+        return lambda latents: job.show(preview=data_uri(self.look.image(latents)))
+
+
+def _facts(coverage: Coverage) -> str:
+    return f"{coverage.matched} of {coverage.total} layers" + (
+        f", {len(coverage.unused)} keys not used" if coverage.unused else ""
+    )
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,93 @@
+"""The one line above the tabs, as HTML. Every foreign word is escaped here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from app.jobs import JobView
+from app.session import Session
+from app.training import TrainView
+
+
+def status_html(session: Session) -> str:
+    """What is open, whether it is proved untouched, what is being done, and how the last thing ended."""
+    pipe, job = session.pipe, session.worker.view
+    parts = [
+        f"<span>{escape(pipe.base_name)} · {escape(pipe.family.title)}</span>"
+        if pipe
+        else "<span>No model is open yet</span>"
+    ]
+    if session.wanted.fused:
+        parts.append('<span class="fused">LoRAs fused into the base</span>')
+    elif pipe is not None and pipe.loaded:
+        parts.append(f'<span class="live">{len(pipe.loaded)} LoRA{"s" * (len(pipe.loaded) > 1)} live</span>')
+    if session.seal:
+        broken = "" if session.seal.startswith("base verified") else " broken"
+        parts.append(f'<span class="seal{broken}" title="compared bit for bit">{escape(session.seal)}</span>')
+    parts += [job_html(job), training_html(session.training.view())]
+    return f'<div class="status" role="status">{"".join(filter(None, parts))}</div>'
+
+
+def job_html(job: JobView) -> str:
+    if not job.busy:
+        return ""
+    count = f" {job.step} of {job.steps}" if job.steps else ""
+    label = escape(f"{job.title}{count}")
+    bar = (
+        f'<progress max="{job.steps}" value="{job.step}" aria-label="{label}"></progress>'
+        if job.steps
+        else ""
+    )
+    return f"<span>{label} {bar}</span>"
+
+
+def training_html(view: TrainView | None) -> str:
+    if view is None or view.state not in ("starting", "running", "paused"):
+        return ""
+    left = f", {duration(view.eta_s)} left" if view.state == "running" and view.step else ""
+    return f"<span>Training {escape(view.name)}: {view.state}, step {view.step} of {view.steps}{left}</span>"
+
+
+def message_html(job: JobView) -> str:
+    """How the last job ended."""
+    return (
+        f'<div class="message {escape(job.state)}" role="status">{escape(job.message)}</div>'
+        if job.message
+        else ""
+    )
+
+
+def duration(seconds: float) -> str:
+    """45 s, 12 min, 3 h 20 min"""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def training_card(view: TrainView | None) -> str:
+    """The state of the run in words, with what to do next."""
+    if view is None:
+        return '<div class="empty">No training yet. Choose pictures, say what they show, and start.</div>'
+    lines = [f"<b>{escape(view.name)}</b>: {escape(view.state)}"]
+    if view.steps:
+        label = f"step {view.step} of {view.steps}"
+        lines.append(
+            f'{label} <progress max="{view.steps}" value="{view.step}" aria-label="{label}"></progress>'
+        )
+    if view.state == "running" and view.step:
+        lines.append(f"about {duration(view.eta_s)} left")
+    if view.error:
+        lines.append(f'<div class="message failed">{escape(view.error)}</div>')
+    if view.state == "stopped" and view.resume:
+        lines.append(f"Saved. Go on with: <code>{escape(view.resume)}</code>")
+    if view.state == "finished":
+        lines.append("Finished. “Use it” puts it into the mixer.")
+    notes = "".join(f"<li>{escape(note)}</li>" for note in view.notes[-8:])
+    body = "<br>".join(lines)
+    return f'<div class="card" role="status">{body}{f"<ul>{notes}</ul>" if notes else ""}</div>'
+
+
+def escape_lines(lines: Sequence[str]) -> str:
+    return "".join(f'<div class="message failed">{escape(line)}</div>' for line in lines)

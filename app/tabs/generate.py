@@ -1,0 +1,182 @@
+"""Generate: words in, pictures out. Everything but the prompt and the button is folded away until it is wanted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from app.session import Session
+from app.status import message_html
+from app.tabs import mixer
+from lora_core.errors import ConfigError
+from lora_core.parameters import parse_parameters
+from lora_core.samplers import SAMPLERS, samplers_of
+
+OWN = "the model's own"
+
+
+def create(session: Session, timer: gr.Timer) -> dict[str, Any]:
+    """-> the tab's components by name; the form's have the names of `memory.Form`."""
+    c: dict[str, Any] = {}
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=5, min_width=320):
+            _base_picker(session, c)
+            _form(c)
+            c |= mixer.create(session, timer)
+        with gr.Column(scale=6, min_width=320):
+            _results(c)
+    _listen(session, timer, c)
+    return c
+
+
+def _base_picker(session: Session, c: dict[str, Any]) -> None:
+    c["base"] = gr.Dropdown(
+        session.library.bases(),
+        value=session.wanted.base,
+        label="Base model",
+        elem_id="base",
+        allow_custom_value=False,
+    )
+
+
+def _form(c: dict[str, Any]) -> None:
+    c["prompt"] = gr.Textbox(label="Prompt", lines=2, elem_id="prompt", autofocus=True)
+    with gr.Row():
+        c["generate"] = gr.Button("Generate", variant="primary", elem_id="generate", scale=3)
+        c["stop"] = gr.Button("Stop", elem_id="stop", scale=1, min_width=80)
+    with gr.Accordion("More settings", open=False, elem_id="more"):
+        c["negative_prompt"] = gr.Textbox(
+            label="Negative prompt", elem_id="negative", placeholder="What should not be there"
+        )
+        with gr.Row():
+            c["steps"] = gr.Slider(1, 100, step=1, label="Steps", elem_id="steps")
+            c["guidance"] = gr.Slider(0, 20, step=0.5, label="Guidance", elem_id="guidance")
+        with gr.Row():
+            c["seed"] = gr.Number(label="Seed", precision=0, elem_id="seed", info="-1: a new one each time")
+            c["count"] = gr.Slider(1, 8, step=1, label="Pictures", elem_id="count")
+        with gr.Row():
+            c["width"] = gr.Number(
+                label="Width", precision=0, elem_id="width", info="0: as the model was made"
+            )
+            c["height"] = gr.Number(
+                label="Height", precision=0, elem_id="height", info="0: as the model was made"
+            )
+        c["sampler"] = gr.Dropdown(
+            [(OWN, ""), *((s, s) for s in SAMPLERS)], label="Sampler", elem_id="sampler"
+        )
+
+
+FORM = ("prompt", "negative_prompt", "seed", "steps", "guidance", "width", "height", "count", "sampler")
+
+
+def _results(c: dict[str, Any]) -> None:
+    c["preview"] = gr.HTML(elem_id="preview", elem_classes="preview")
+    c["message"] = gr.HTML(elem_id="message")
+    c["gallery"] = gr.Gallery(
+        label="Pictures",
+        columns=3,
+        object_fit="contain",
+        elem_id="gallery",
+        interactive=False,
+        height="auto",
+        buttons=["download", "fullscreen"],
+    )
+    c["settings"] = gr.Textbox(
+        label="Settings of the chosen picture", lines=4, interactive=False, elem_id="settings", visible=False
+    )
+    c["reuse"] = gr.Button("Use these settings", elem_id="reuse", visible=False)
+
+
+def _listen(session: Session, timer: gr.Timer, c: dict[str, Any]) -> None:
+    fields = [c[name] for name in FORM]
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+    def remember(*values: Any) -> None:
+        session.remember(**_form_values(values))
+
+    for field in fields:
+        field.input(remember, fields, None, queue=False, trigger_mode="always_last", **quiet)
+
+    def generate(*values: Any) -> None:
+        session.remember(**_form_values(values))
+        try:
+            session.generate(session.wanted.form.request())
+        except ConfigError as problem:
+            raise gr.Error(str(problem), print_exception=False) from None
+
+    gr.on([c["generate"].click, c["prompt"].submit], generate, fields, None, **quiet)
+    c["stop"].click(session.worker.stop, None, None, queue=False, **quiet)
+    c["base"].input(lambda source: _void(session.choose_base(source)), c["base"], None, **quiet)
+
+    seen = gr.State(-1)
+
+    def look(revision: int) -> Any:
+        if revision == session.worker.revision:
+            return [gr.skip()] * 6
+        current, job = session.worker.revision, session.worker.view
+        own = session.pipe.pipeline.scheduler if session.pipe else None
+        names = samplers_of(own) if own is not None else list(SAMPLERS)
+        return [
+            current,
+            _preview_html(job.preview, job.step, job.steps),
+            message_html(job),
+            [str(path) for path in session.pictures.newest()] if not job.busy else gr.skip(),
+            gr.update(choices=session.library.bases(), value=session.wanted.base),
+            gr.update(choices=[(OWN, ""), *((s, s) for s in names)]),
+        ]
+
+    outputs = [seen, c["preview"], c["message"], c["gallery"], c["base"], c["sampler"]]
+    timer.tick(look, seen, outputs, **quiet)
+    c["restore"] = lambda: [getattr(session.wanted.form, name) for name in FORM]
+    c["fields"] = fields
+
+    chosen = gr.State(-1)
+
+    def choose(event: gr.SelectData) -> Any:
+        text = session.pictures.settings(int(event.index))
+        return int(event.index), gr.update(value=text, visible=True), gr.update(visible=True)
+
+    c["gallery"].select(choose, None, [chosen, c["settings"], c["reuse"]], **quiet)
+
+    def reuse(index: int) -> Any:
+        values = settings_of(session.pictures.settings(index))
+        session.remember(**values)
+        return [getattr(session.wanted.form, name) for name in FORM]
+
+    c["reuse"].click(reuse, chosen, fields, **quiet)
+
+
+def settings_of(text: str) -> dict[str, Any]:
+    """The form's fields that a picture's text tells; LoRAs stay as they are in the mixer."""
+    read = parse_parameters(text)
+    facts = read["fields"]
+    width, _, height = facts.get("Size", "0x0").partition("x")
+    numbers = {"steps": facts.get("Steps"), "seed": facts.get("Seed"), "width": width, "height": height}
+    values: dict[str, Any] = {
+        "prompt": read["prompt"],
+        "negative_prompt": read["negative_prompt"],
+        "count": 1,
+    }
+    values |= {name: int(n) for name, n in numbers.items() if n and n.lstrip("-").isdigit()}
+    guidance = facts.get("CFG scale", "")
+    if guidance.replace(".", "", 1).isdigit():
+        values["guidance"] = float(guidance)
+    if facts.get("Sampler") in SAMPLERS:
+        values["sampler"] = facts["Sampler"]
+    return values
+
+
+def _form_values(values: tuple[Any, ...]) -> dict[str, Any]:
+    """A cleared number field is None: the page then keeps what was there."""
+    whole = ("seed", "steps", "width", "height", "count")
+    named = {n: v for n, v in zip(FORM, values, strict=True) if v is not None}
+    return {n: int(v) if n in whole else v for n, v in named.items()}
+
+
+def _preview_html(uri: str, step: int, steps: int) -> str:
+    return f'<img alt="preview, step {step} of {steps}" src="{uri}">' if uri else ""
+
+
+def _void(_: object) -> None:
+    """Events whose result the page finds at its next look."""

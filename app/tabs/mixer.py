@@ -1,0 +1,108 @@
+"""The mixer: one row per LoRA. The rows are the session's; a slider's every move is one number in it.
+
+Rows and everything in them are keyed, or their values would fall back when a row comes or goes; the values are the
+server's, so a second tab shows the same.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import gradio as gr
+
+from app.memory import Row
+from app.session import Session
+
+EMPTY = (
+    '<div class="empty">No LoRA is worn. Drop a <b>.safetensors</b> file anywhere on this page, choose one in the '
+    "Library, or train your own.</div>"
+)
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+
+def create(session: Session, timer: gr.Timer) -> dict[str, Any]:
+    c: dict[str, Any] = {}
+    gr.Markdown("### LoRAs", elem_id="mixer-title")
+    seen = gr.State(-1)
+
+    @gr.render(inputs=seen, show_progress="hidden")
+    def rows(_: int) -> None:
+        if not session.rows:
+            gr.HTML(EMPTY, key="empty")
+        for row in list(session.rows.values()):
+            _row(session, row)
+
+    with gr.Row():
+        c["fuse"] = gr.Button("Fuse", elem_id="fuse", size="sm", min_width=80)
+        c["unfuse"] = gr.Button("Unfuse", elem_id="unfuse", size="sm", min_width=80)
+        c["unload"] = gr.Button("Take all off", elem_id="unload", size="sm", min_width=80)
+    c["fuse"].click(lambda: _void(session.fuse()), None, None, **QUIET)
+    c["unfuse"].click(lambda: _void(session.unfuse()), None, None, **QUIET)
+    c["unload"].click(lambda: _void(session.unload()), None, None, **QUIET)
+    # queued, though it costs nothing: an unqueued event changes the state without drawing the rows anew
+    timer.tick(
+        lambda revision: gr.skip() if revision == session.mixer_revision else session.mixer_revision,
+        seen,
+        seen,
+        **QUIET,
+    )
+    return c
+
+
+def _row(session: Session, row: Row) -> None:
+    name, fresh = row.name, {"preserved_by_key": []}
+    with gr.Group(key=f"group-{name}", elem_classes="lora"):
+        with gr.Row(key=f"row-{name}", equal_height=True):
+            on = gr.Checkbox(
+                row.on, label=name, container=True, scale=2, min_width=140, key=f"on-{name}", **fresh
+            )
+            weight = gr.Slider(
+                -1,
+                2,
+                row.weight,
+                step=0.05,
+                label=f"Weight of {name}",
+                scale=5,
+                min_width=200,
+                key=f"weight-{name}",
+                **fresh,
+            )
+            remove = gr.Button(f"Remove {name}", size="sm", scale=1, min_width=90, key=f"remove-{name}")
+        if row.aside:
+            gr.Markdown(f"Set aside: {_plain(row.aside)}", key=f"aside-{name}", **fresh)
+        with gr.Accordion(f"Text encoder of {name}", open=row.text is not None, key=f"more-{name}"):
+            text = gr.Slider(
+                -1,
+                2,
+                row.weight if row.text is None else row.text,
+                step=0.05,
+                label=f"Text weight of {name}",
+                info=f"Its own weight for the words; {_plain(row.facts)}",
+                key=f"text-{name}",
+                **fresh,
+            )
+            follow = gr.Button("Follow the main weight", size="sm", key=f"follow-{name}")
+    live: dict[str, Any] = {"queue": False, "trigger_mode": "always_last", **QUIET}
+    on.input(lambda value: session.set_row(name, on=bool(value)), on, None, key=f"on-input-{name}", **live)
+    weight.input(
+        lambda value: session.set_row(name, weight=float(value)),
+        weight,
+        None,
+        key=f"weight-input-{name}",
+        **live,
+    )
+    text.input(
+        lambda value: session.set_row(name, text=float(value)), text, None, key=f"text-input-{name}", **live
+    )
+    follow.click(partial(session.set_row, name, text=None), None, None, key=f"follow-click-{name}", **live)
+    remove.click(lambda: _void(session.remove(name)), None, None, key=f"remove-click-{name}", **QUIET)
+
+
+def _plain(text: str) -> str:
+    """Foreign text inside Markdown: no character of it means anything."""
+    return "".join(f"\\{c}" if c in r"\`*_{}[]<>()#+-.!|~&" else c for c in text)
+
+
+def _void(_: object) -> None:
+    """Events whose result the page finds at its next look."""

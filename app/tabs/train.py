@@ -1,0 +1,308 @@
+"""Train: pictures, subject, start. While it runs the same place shows it learning, and takes its orders.
+
+The training is `launch.py --train` in a process of its own: a closed page, or a stopped server, does not end it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pandas as pd
+
+from app.draft import Draft, Entry
+from app.plan import Plan, subject_prompt
+from app.session import Session
+from app.status import escape_lines, training_card
+from app.training import TrainView
+from lora_core.errors import LoraError
+from trainers import presets
+from trainers.images import EXTENSIONS
+
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+CAPTIONS_SHOWN = 40
+DEMO_EXAMPLE = "Try the included fox"
+
+
+def create(session: Session, draft: Draft, timer: gr.Timer) -> dict[str, Any]:
+    c: dict[str, Any] = {}
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=5, min_width=320):
+            _pictures(session, draft, c)
+            _subject(session, c)
+        with gr.Column(scale=6, min_width=320):
+            _running(c)
+    _listen(session, draft, timer, c)
+    return c
+
+
+def _pictures(session: Session, draft: Draft, c: dict[str, Any]) -> None:
+    gr.Markdown("### 1 · Pictures\n4 to 20 of one subject, in different places and lights.")
+    with gr.Row(equal_height=True):
+        c["upload"] = gr.UploadButton(
+            "Choose pictures",
+            file_count="multiple",
+            file_types=[*EXTENSIONS, ".txt"],
+            elem_id="train-upload",
+            scale=2,
+        )
+        c["example"] = gr.Button(DEMO_EXAMPLE, elem_id="train-example", scale=2)
+        c["clear"] = gr.Button("Take all out", elem_id="train-clear", scale=1, min_width=110)
+    c["problems"] = gr.HTML(elem_id="train-problems")
+    c["seen_draft"] = gr.State(-1)
+
+    @gr.render(inputs=c["seen_draft"], show_progress="hidden")
+    def thumbnails(_: int) -> None:
+        entries = draft.entries()
+        if not entries:
+            gr.HTML('<div class="empty">No pictures yet.</div>', key="no-pictures")
+        for entry in entries[:CAPTIONS_SHOWN]:
+            _thumbnail(draft, entry)
+        if len(entries) > CAPTIONS_SHOWN:
+            rest = len(entries) - CAPTIONS_SHOWN
+            gr.Markdown(f"{rest} more pictures are in the set; all of them are trained on.", key="rest")
+
+
+def _thumbnail(draft: Draft, entry: Entry) -> None:
+    name = entry.path.name
+    with gr.Row(key=f"row-{name}", equal_height=True, elem_classes="thumb"):
+        gr.Image(
+            str(entry.path),
+            label=name,
+            show_label=False,
+            height=72,
+            width=72,
+            interactive=False,
+            container=False,
+            buttons=[],
+            key=f"image-{name}",
+            min_width=72,
+            scale=0,
+            elem_classes="thumb-image",
+        )
+        caption = gr.Textbox(
+            entry.caption,
+            label=f"Caption of {name}",
+            placeholder="empty: the prompt below",
+            key=f"caption-{name}",
+            preserved_by_key=[],
+            scale=6,
+            min_width=160,
+        )
+        out = gr.Button("Take out", size="sm", key=f"out-{name}", scale=1, min_width=80)
+    caption.input(
+        partial(draft.caption, name),
+        caption,
+        None,
+        queue=False,
+        trigger_mode="always_last",
+        key=f"say-{name}",
+        **QUIET,
+    )
+    out.click(partial(draft.remove, name), None, None, queue=False, key=f"remove-{name}", **QUIET)
+
+
+def _subject(session: Session, c: dict[str, Any]) -> None:
+    gr.Markdown("### 2 · Subject")
+    with gr.Row():
+        c["token"] = gr.Textbox(
+            "zxq",
+            label="Its own word",
+            info="Rare and meaningless, so that it can mean this",
+            elem_id="train-token",
+        )
+        c["noun"] = gr.Textbox(
+            "animal", label="What it is", info="One plain word: dog, woman, car", elem_id="train-noun"
+        )
+    c["prompt"] = gr.Textbox(
+        subject_prompt("zxq", "animal", session.wanted.base),
+        label="Prompt of pictures without a caption",
+        elem_id="train-prompt",
+    )
+    gr.Markdown("### 3 · Training")
+    shipped = [(f"{name}: {text}", name) for name, _, text in presets.list_presets()]
+    c["preset"] = gr.Dropdown(shipped, value="demo", label="Preset", elem_id="train-preset")
+    c["name"] = gr.Textbox("my-first-lora", label="Name of the LoRA", elem_id="train-name")
+    with gr.Row():
+        c["steps"] = gr.Slider(10, 5000, value=450, step=10, label="Training steps", elem_id="train-steps")
+        c["rank"] = gr.Slider(1, 128, value=16, step=1, label="Rank", elem_id="train-rank")
+    c["keep_class"] = gr.Checkbox(
+        True,
+        label="Keep the class as it was",
+        info="Also trains on pictures of the class that the model makes itself",
+        elem_id="train-class",
+    )
+    c["start"] = gr.Button("Start training", variant="primary", elem_id="train-start")
+
+
+def _running(c: dict[str, Any]) -> None:
+    c["card"] = gr.HTML(elem_id="train-card")
+    with gr.Row():
+        c["pause"] = gr.Button("Pause", elem_id="train-pause", size="sm", interactive=False, min_width=90)
+        c["save"] = gr.Button("Save now", elem_id="save-now", size="sm", interactive=False, min_width=90)
+        c["end"] = gr.Button(
+            "Stop and save", elem_id="train-stop", size="sm", interactive=False, min_width=110
+        )
+        c["use"] = gr.Button(
+            "Use it", elem_id="train-use", variant="primary", size="sm", interactive=False, min_width=90
+        )
+    c["plot"] = gr.LinePlot(
+        x="step",
+        y="loss",
+        color="curve",
+        label="Loss",
+        height=240,
+        elem_id="train-plot",
+        visible=False,
+        tooltip="none",
+    )
+    with gr.Row(equal_height=True):
+        c["sample_prompt"] = gr.Textbox(
+            label="Sample prompt",
+            elem_id="sample-prompt",
+            placeholder="Any prompt, with the LoRA as it is now",
+            scale=4,
+        )
+        c["sample"] = gr.Button(
+            "Sample now", elem_id="sample-now", size="sm", interactive=False, scale=1, min_width=110
+        )
+    c["previews"] = gr.Gallery(
+        label="Previews by step",
+        columns=4,
+        object_fit="contain",
+        height="auto",
+        elem_id="train-previews",
+        interactive=False,
+        buttons=["fullscreen"],
+    )
+    c["sheet"] = gr.Image(
+        label="Before and after",
+        elem_id="train-sheet",
+        interactive=False,
+        visible=False,
+        buttons=["download", "fullscreen"],
+    )
+
+
+def _listen(session: Session, draft: Draft, timer: gr.Timer, c: dict[str, Any]) -> None:
+    def add(files: list[str] | None) -> str:
+        problems = draft.add([(Path(f), Path(f).name) for f in files or []])
+        return escape_lines(problems)
+
+    def example() -> str:
+        fox = presets.PRESETS / "demo" / "subjects" / "fox" / "train"
+        return escape_lines(draft.add([(p, p.name) for p in sorted(fox.iterdir())]))
+
+    c["upload"].upload(add, c["upload"], c["problems"], **QUIET)
+    c["example"].click(example, None, c["problems"], **QUIET)
+    c["clear"].click(draft.clear, None, None, **QUIET)
+    timer.tick(
+        lambda seen: gr.skip() if seen == draft.revision else draft.revision,
+        c["seen_draft"],
+        c["seen_draft"],
+        **QUIET,
+    )
+
+    def words(token: str, noun: str) -> str:
+        return subject_prompt(token, noun, session.wanted.base)
+
+    for field in (c["token"], c["noun"]):
+        field.input(
+            words, [c["token"], c["noun"]], c["prompt"], trigger_mode="always_last", queue=False, **QUIET
+        )
+
+    def of_preset(name: str) -> Any:
+        config = presets.load(name, ['data.images="."'])
+        return config.train.steps, config.lora.rank, config.data.has_class
+
+    c["preset"].input(of_preset, c["preset"], [c["steps"], c["rank"], c["keep_class"]], **QUIET)
+
+    answers = [c[n] for n in ("preset", "name", "noun", "prompt", "steps", "rank", "keep_class")]
+
+    def start(
+        preset: str, name: str, noun: str, prompt: str, steps: int, rank: int, keep_class: bool
+    ) -> None:
+        plan = Plan(preset, name, noun, prompt, session.wanted.base, int(steps), int(rank), keep_class)
+        _said(lambda: session.train(plan, draft))
+
+    c["start"].click(start, answers, None, **QUIET)
+    orders = session.training
+    c["pause"].click(lambda: _said(lambda: pause_or_go_on(session)), None, None, queue=False, **QUIET)
+    c["save"].click(lambda: _said(lambda: orders.commands().save()), None, None, queue=False, **QUIET)
+    c["end"].click(lambda: _said(lambda: orders.commands().stop()), None, None, queue=False, **QUIET)
+    c["sample"].click(
+        lambda prompt: _said(lambda: orders.commands().sample(prompt)),
+        c["sample_prompt"],
+        None,
+        queue=False,
+        **QUIET,
+    )
+    c["use"].click(lambda: _said(session.use_trained), None, None, **QUIET)
+
+    seen = gr.State(None)
+    names = ("card", "pause", "save", "end", "use", "sample", "start", "plot", "previews", "sheet")
+    timer.tick(partial(_look, session), seen, [seen, *(c[n] for n in names)], **QUIET)
+
+
+def _look(session: Session, seen: Any) -> list[Any]:
+    view = session.training.view()
+    mark = _mark(view)
+    if mark == seen:
+        return [gr.skip()] * 11
+    alive = view is not None and view.state in ("starting", "running", "paused")
+    stepping = view is not None and view.state in ("running", "paused")
+    paused = view is not None and view.state == "paused"
+    points = view.losses if view else []
+    return [
+        mark,
+        training_card(view),
+        gr.update(value="Go on" if paused else "Pause", interactive=stepping),
+        gr.update(interactive=stepping),
+        gr.update(interactive=stepping),
+        gr.update(interactive=view is not None and view.lora is not None and not alive),
+        gr.update(interactive=stepping),
+        gr.update(interactive=not alive),
+        gr.update(value=curves(points), visible=bool(points)),
+        [(str(path), f"step {step}: {prompt}") for step, prompt, path in (view.previews if view else [])],
+        gr.update(value=str(view.sheet) if view and view.sheet else None, visible=bool(view and view.sheet)),
+    ]
+
+
+def _mark(view: TrainView | None) -> Any:
+    """What must differ for the page to be sent anything; steps are shown in tens, the line above shows each."""
+    if view is None:
+        return "none"
+    return [
+        view.state,
+        str(view.run),
+        view.step // 10,
+        len(view.previews),
+        len(view.notes),
+        str(view.lora),
+        str(view.sheet),
+    ]
+
+
+def curves(points: Any) -> pd.DataFrame:
+    rows = [(step, raw, "raw") for step, raw, _ in points] + [
+        (step, smooth, "smoothed") for step, _, smooth in points
+    ]
+    return pd.DataFrame(rows, columns=["step", "loss", "curve"])
+
+
+def pause_or_go_on(session: Session) -> None:
+    view, commands = session.training.view(), session.training.commands()
+    if view is not None and view.state == "paused":
+        commands.unpause()
+    else:
+        commands.pause()
+
+
+def _said(act: Any) -> None:
+    """An error is one sentence in a toast, not a traceback."""
+    try:
+        act()
+    except LoraError as problem:
+        raise gr.Error(str(problem), print_exception=False) from None
