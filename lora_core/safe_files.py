@@ -2,30 +2,23 @@
 
 Reading: the header is checked first (safe_header), then every tensor is read into memory of our own. Never
 mapped: a mapped file that another program shortens kills the process with SIGBUS, which nothing can catch.
-Writing: into a temporary file beside the target, flushed to the disk, then renamed over it.
+Writing: through safe_writes, after the bytes were read back and compared.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
-import os
-import re
-import secrets
-import shutil
-import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
 import torch
 from safetensors.torch import save as serialize
 from torch import Tensor
 
 from lora_core.errors import FileRefused, SaveFailed
 from lora_core.safe_header import DTYPES, Header, TensorInfo, opened, read_bytes, read_header, read_into
+from lora_core.safe_writes import sweep_partials, write_atomic
 
 __all__ = [
     "Header",
@@ -69,43 +62,6 @@ def tensors_sha256(source: Header | Path | str) -> str:
             digest.update(block)
             position, left = position + len(block), left - len(block)
     return digest.hexdigest()
-
-
-def write_atomic(path: Path | str, write: Callable[[Path], None], *, needed: int | None = None) -> None:
-    """Call `write` with a temporary path in the same folder, then put that file in the place of `path`.
-
-    After a crash or a power cut at any moment `path` holds the old content or the new, whole. The mode of an
-    existing file is kept. `needed` (bytes) is for the message only. Raises SaveFailed for every OSError; what
-    else `write` raises goes through. Whenever it fails, the old file stays and the temporary one goes.
-    """
-    path = Path(path)
-    partial = path.with_name(f".{path.name[:40]}.{os.getpid()}-{secrets.token_hex(4)}.partial")
-    try:
-        mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
-        write(partial)
-        _flush(partial)
-        if mode is not None:
-            partial.chmod(mode)
-        os.replace(partial, path)
-        _flush(path.parent)
-    except OSError as problem:
-        raise SaveFailed(_why_not_saved(path, problem, needed)) from problem
-    finally:
-        with contextlib.suppress(OSError):  # normally gone; if it cannot be removed, sweep_partials will
-            partial.unlink(missing_ok=True)
-
-
-def sweep_partials(folder: Path | str) -> list[Path]:
-    """Remove the temporary files that killed processes left in `folder`; those of a living writer stay."""
-    swept: list[Path] = []
-    for partial in Path(folder).glob(".*.partial"):
-        named = re.search(r"\.(\d+)-[0-9a-f]{8}\.partial$", partial.name)
-        if named is None or _still_writing(int(named[1]), partial):
-            continue
-        with contextlib.suppress(OSError):
-            partial.unlink()
-            swept.append(partial)
-    return swept
 
 
 def serialized(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
@@ -171,43 +127,3 @@ def _compare(written: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
 def _bytes(tensor: Tensor) -> Tensor:
     """NaN equals nothing, its bytes do."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-def _flush(path: Path) -> None:
-    """fsync. A rename is on the disk only once its folder is; Windows has no such call for folders."""
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _still_writing(pid: int, partial: Path) -> bool:
-    """Process ids are used again: a process younger than the file did not write it."""
-    try:
-        return bool(psutil.Process(pid).create_time() <= partial.stat().st_mtime + 1)
-    except (psutil.Error, OSError):
-        return False
-
-
-def _why_not_saved(path: Path, problem: OSError, needed: int | None) -> str:
-    full = {
-        errno.ENOSPC: "the disk is full",
-        errno.EDQUOT: "your quota of disk space is used up",
-        errno.EFBIG: "files of this size are not allowed there",
-    }
-    if problem.errno in full:
-        size = f"{needed / 2**20:,.1f} MB are needed" if needed else "more space is needed"
-        free = "unknown"
-        with contextlib.suppress(OSError):
-            free = f"{shutil.disk_usage(path.parent).free / 2**20:,.1f} MB"
-        return (
-            f"{path.name} could not be saved in {path.parent}: {full[problem.errno]} ({size}; free: {free}). "
-            "What was there before is untouched; free some space or choose another folder, then save again."
-        )
-    return (
-        f"{path.name} could not be saved in {path.parent}: {problem.strerror or problem}. What was there "
-        "before is untouched; check that the folder exists and may be written to, or choose another."
-    )

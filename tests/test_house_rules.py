@@ -30,7 +30,17 @@ DIFFUSERS = {  # the rooms that meet a model; everything else works on tensors a
     "app": set(),
 }
 SAFETENSORS = {"lora_core": {"safe_files", "safe_header"}, "trainers": {"demo_base"}, "app": set()}
-TRAINERS_FOR_APP = {"config", "presets", "events", "dataset", "buckets", "images", "captions"}
+TRAINERS_FOR_APP = {
+    "config",
+    "presets",
+    "events",
+    "dataset",
+    "buckets",
+    "images",
+    "captions",
+    "control",
+    "run_folder",
+}
 LONG: dict[str, str] = {  # beyond 300 lines, with the reason
     "trainers/config.py": "every setting of a preset with its docstring: one list, read as one",
     "lora_core/models.py": "the ways to open a base model and their refusals, side by side",

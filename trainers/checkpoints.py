@@ -97,6 +97,11 @@ def saved_steps(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
+def last_step(folder: Path) -> int:
+    """Of the newest checkpoint; 0 where there is none."""
+    return max((step for step, _ in saved_steps(folder)), default=0)
+
+
 def prune(folder: Path, keep: int) -> None:
     for _, path in saved_steps(folder)[:-keep]:
         path.unlink()

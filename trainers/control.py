@@ -1,25 +1,51 @@
-"""What the trainer is told while it runs: SIGINT and SIGTERM save and stop; a second one leaves at once."""
+"""What the trainer is told while it runs: by signals, and by files in the run's `control` folder.
+
+SIGINT and SIGTERM save and stop; a second one leaves at once.
+
+    control/pause            no step is taken as long as this is there
+    control/save             save the state and the LoRA now            } taken away
+    control/stop             save and stop, like SIGINT                 } when acted on
+    control/sample-*.json    {"prompt": "...", "seed": 0, "steps": 25, "guidance": 7.5}: one picture with the LoRA as
+                             it is; all but the prompt may be left out  } likewise
+
+The folder is there while a process listens: it is made afresh when a run starts or resumes, so that what a killed
+process left undone is not done to the next one, and it goes with the process. `Commands` writes these files for the
+app; any program may. Nothing here imports torch.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import secrets
+import shutil
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
+from pathlib import Path
 from types import FrameType
 
-from lora_core.errors import Stopped
+from lora_core.errors import ConfigError, LoraError, SaveFailed, Stopped, did_you_mean
+from lora_core.safe_writes import write_atomic
+
+FOLDER = "control"
 
 
 class StopRequest:
-    """Asked between steps; set by a signal or by another thread."""
+    """Asked between steps; set by a signal, by another thread, or by a file once `watch` names one."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
+        self._file: Path | None = None
 
     def ask(self) -> None:
         self._event.set()
+
+    def watch(self, file: Path | None) -> None:
+        self._file = file
 
     def check(self) -> None:
         """Raise Stopped if asked: for the long work before the first step, which keeps what it has made."""
@@ -30,16 +56,23 @@ class StopRequest:
 
     @property
     def asked(self) -> bool:
+        if self._file is not None and _take_away(self._file):
+            self._event.set()
         return self._event.is_set()
 
 
 @contextmanager
 def signals_ask(stop: StopRequest) -> Iterator[None]:
     """While inside, the first SIGINT or SIGTERM asks `stop`; the second leaves with 130 at once."""
+    signalled = False
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if stop.asked:
+        nonlocal signalled
+        if (
+            signalled
+        ):  # not stop.asked: a signal that follows the page's own "stop and save" must not cut the save
             os._exit(130)
+        signalled = True
         stop.ask()
 
     if threading.current_thread() is not threading.main_thread():
@@ -51,3 +84,148 @@ def signals_ask(stop: StopRequest) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+# --- the one who commands -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture asked for. None: as the run's previews. Its values are checked where the picture is made."""
+
+    prompt: str
+    seed: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+
+    @classmethod
+    def read(cls, file: Path) -> Sample:
+        """Raises ConfigError: not JSON, no prompt, or a key that means nothing."""
+        try:
+            table = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as problem:
+            raise ConfigError(f'it is not JSON such as {{"prompt": "a cat"}} ({problem}).') from problem
+        if not isinstance(table, dict) or not isinstance(table.get("prompt"), str):
+            raise ConfigError('it has no prompt: write {"prompt": "a cat"}.')
+        known = {field.name for field in fields(cls)}
+        for key in table.keys() - known:
+            raise ConfigError(f'"{key}" is no setting of a sample.{did_you_mean(key, known)}')
+        return cls(**table)
+
+
+class Commands:
+    """Tells the training in a run folder what to do. It acts after the step it is at.
+
+    Every method raises LoraError if no training listens there, SaveFailed if the command cannot be written.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.folder = run / FOLDER
+
+    def pause(self) -> None:
+        """Until `unpause`; meanwhile it still saves, samples and stops."""
+        self._write("pause")
+
+    def unpause(self) -> None:
+        _take_away(self.folder / "pause")
+
+    def save(self) -> None:
+        self._write("save")
+
+    def stop(self) -> None:
+        """Save and stop; the run can be resumed."""
+        self._write("stop")
+
+    def sample(
+        self,
+        prompt: str,
+        *,
+        seed: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+    ) -> None:
+        """One picture with the LoRA as it is; what is left out is as in the run's previews."""
+        if not prompt.strip():
+            raise ConfigError("There is no prompt for the sample. Say what the picture should show.")
+        wanted = {"prompt": prompt, "seed": seed, "steps": steps, "guidance": guidance}
+        text = json.dumps({key: value for key, value in wanted.items() if value is not None})
+        self._write(f"sample-{time.time_ns():020d}-{secrets.token_hex(2)}.json", text)
+
+    def _write(self, name: str, text: str = "") -> None:
+        if not self.folder.is_dir():
+            raise LoraError(
+                f"No training listens in {self.folder.parent}: it is still starting, or it is over. Once its first "
+                "events are there it can be told."
+            )
+        write_atomic(self.folder / name, lambda partial: _write_text(partial, text))
+
+
+# --- the one who obeys ----------------------------------------------------------------------------------------
+
+
+class Orders:
+    """What waits in the control folder. `waiting` is asked after every step, everything else only if it says so."""
+
+    def __init__(self, folder: Path, stop: StopRequest) -> None:
+        self.folder, self.stop = folder, stop
+
+    @property
+    def waiting(self) -> bool:
+        """One look into one folder: some 10 µs."""
+        return bool(self._names())
+
+    def hold(self) -> bool:
+        """Whether no step is to be taken now. Stopping ends a pause."""
+        return (self.folder / "pause").exists() and not self.stop.asked
+
+    def take_save(self) -> bool:
+        return _take_away(self.folder / "save")
+
+    def take_samples(self, refuse: Callable[[str], None]) -> list[Sample]:
+        """In the order they were asked for. `refuse` is told of one that cannot be understood."""
+        taken: list[Sample] = []
+        for name in sorted(n for n in self._names() if n.startswith("sample-") and n.endswith(".json")):
+            file = self.folder / name
+            try:
+                taken.append(Sample.read(file))
+            except ConfigError as problem:
+                refuse(f"{name} was not done: {problem}")
+            _take_away(file)
+        return taken
+
+    def _names(self) -> list[str]:
+        try:
+            return [name for name in os.listdir(self.folder) if not name.startswith(".")]
+        except FileNotFoundError:  # somebody tidied up: a training does not end for that
+            return []
+
+
+@contextmanager
+def listening(folder: Path, stop: StopRequest) -> Iterator[Orders]:
+    """An empty control folder for as long as inside. Only for the process that holds the run's lock."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    except OSError as problem:
+        raise SaveFailed(
+            f"{folder}, through which the training is told things, cannot be made: {problem.strerror}. Remove what is "
+            "there, or choose another `output`."
+        ) from problem
+    stop.watch(folder / "stop")
+    try:
+        yield Orders(folder, stop)
+    finally:
+        stop.watch(None)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _take_away(file: Path) -> bool:
+    """Whether it was there."""
+    with suppress(FileNotFoundError):
+        file.unlink()
+        return True
+    return False
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

@@ -15,6 +15,7 @@ What it does, in this order, and what each thing costs:
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,17 +25,18 @@ from accelerate.state import AcceleratorState
 
 from lora_core.errors import ConfigError, LoraError, NotFinite, SaveFailed, Stopped
 from lora_core.formats import read_adapter
-from lora_core.generation import GenerationRequest, save_png
 from lora_core.safe_files import tensors_sha256
 from lora_core.train_form import detach
-from trainers import checkpoints, events, losses, optim
+from trainers import checkpoints, events, losses, optim, previews
 from trainers.batches import Batch
 from trainers.bench import Bench, awake, precision, prepare
 from trainers.conditioning import added_conditions
 from trainers.config import TrainConfig
-from trainers.control import StopRequest, signals_ask
+from trainers.control import Orders, StopRequest, listening, signals_ask
 from trainers.finish import write_lora, write_report
 from trainers.run_folder import RunFolder
+
+POLL_S = 0.1  # while paused
 
 
 def train(
@@ -50,8 +52,9 @@ def train(
     with folder.lock():
         log = events.EventLog(folder.events, *listeners)
         try:
-            with signals_ask(stop):
-                return run(config, folder, stop, log, resuming=resume is not None)
+            log(events.TakenUp(pid=os.getpid()))
+            with signals_ask(stop), listening(folder.control, stop) as orders:
+                return run(config, folder, orders, log, resuming=resume is not None)
         except Stopped:
             raise
         except LoraError as problem:
@@ -68,16 +71,14 @@ def train(
             log.close()
 
 
-def run(
-    config: TrainConfig, folder: RunFolder, stop: StopRequest, emit: events.Emit, *, resuming: bool
-) -> Path:
+def run(config: TrainConfig, folder: RunFolder, orders: Orders, emit: events.Emit, *, resuming: bool) -> Path:
     began = time.monotonic()
     try:
-        bench = prepare(config, folder, stop, emit)
+        bench = prepare_or_say(config, folder, orders.stop, emit)
         first = take_up(bench) if resuming else 0
         announce(bench, first)
         try:
-            steps(bench, first, stop)
+            steps(bench, first, orders)
         finally:
             detach(bench.form)
     finally:
@@ -95,12 +96,26 @@ def run(
         )
     )
     with awake(bench):
-        write_report(config, folder, bench.live, lora, stop, emit)
+        report_or_say(bench, lora, orders.stop)
     return lora
 
 
+def prepare_or_say(config: TrainConfig, folder: RunFolder, stop: StopRequest, emit: events.Emit) -> Bench:
+    try:
+        return prepare(config, folder, stop, emit)
+    except Stopped:
+        step = checkpoints.last_step(folder.checkpoints)
+        emit(events.Interrupted(step=step, path="", resume=folder.resume_command))
+        raise
+
+
 def take_up(bench: Bench) -> int:
-    """Continue from the newest whole checkpoint -> optimizer steps already done."""
+    """Continue from the newest whole checkpoint -> optimizer steps already done.
+
+    A run of which nothing was saved is taken up at its beginning, where `prepare` has put it.
+    """
+    if not bench.folder.has_saved():
+        return 0
     path, problems = checkpoints.newest_whole(bench.folder.checkpoints)
     for problem in problems:
         bench.emit(events.Note(text=problem))
@@ -138,7 +153,7 @@ def announce(bench: Bench, first: int) -> None:
 # --- the steps -----------------------------------------------------------------------------------------------
 
 
-def steps(bench: Bench, first: int, stop: StopRequest) -> None:
+def steps(bench: Bench, first: int, orders: Orders) -> None:
     config = bench.config.train
     parameters = list(bench.form.parameters())
     optimizer = bench.accelerator.prepare(bench.optimizer)
@@ -166,10 +181,12 @@ def steps(bench: Bench, first: int, stop: StopRequest) -> None:
             events.Step(step=step, steps=total, loss=loss_value, learning_rate=rate, eta_s=round(eta, 1))
         )
         if bench.config.preview.every and step % bench.config.preview.every == 0:
-            preview_or_say(bench, step)
-        if stop.asked and step < total:
+            previews.render(bench, step, orders.stop)
+        if orders.waiting:
+            began += obey(bench, step, orders)
+        if orders.stop.asked and step < total:
             path = save(bench, step)
-            resume = f'python launch.py --train --resume "{bench.folder.root}"'
+            resume = bench.folder.resume_command
             bench.emit(events.Interrupted(step=step, path=str(path), resume=resume))
             raise Stopped(f"Stopped at step {step} of {total}; saved. Go on with: {resume}")
         if bench.config.save.every and step % bench.config.save.every == 0 and step < total:
@@ -210,29 +227,26 @@ def check_finite(loss: float, batch: Batch, step: int) -> None:
         )
 
 
-def preview_or_say(bench: Bench, step: int) -> None:
-    try:
-        preview(bench, step)
-    except SaveFailed as problem:
-        bench.emit(
-            events.Note(text=f"The preview of step {step} was not saved; the training goes on. {problem}")
-        )
+def obey(bench: Bench, step: int, orders: Orders) -> float:
+    """Do what waits in the control folder, and stay while paused -> seconds in which nothing was trained."""
+    began = time.monotonic()
+    do_now(bench, step, orders)
+    if orders.hold():
+        bench.emit(events.Paused(step=step))
+        torch.cuda.empty_cache()  # whoever asked for the pause may want the card; nothing on a machine without one
+        while orders.hold():
+            time.sleep(POLL_S)
+            do_now(bench, step, orders)
+        if not orders.stop.asked:
+            bench.emit(events.Continued(step=step))
+    return time.monotonic() - began
 
 
-def preview(bench: Bench, step: int) -> None:
-    """One picture per prompt, worn by the trainable form itself; the training's own chance is not touched."""
-    settings, paths = bench.config.preview, []
-    bench.form.eval()
-    with torch.random.fork_rng(), awake(bench):
-        for i, prompt in enumerate(settings.prompts):
-            request = GenerationRequest(
-                prompt=prompt, seed=settings.seed, steps=settings.steps, guidance=settings.guidance
-            )
-            path = bench.folder.previews / f"step-{step:06d}-{i}.png"
-            save_png(bench.live.generate(request)[0], path)
-            paths.append(str(path))
-    bench.form.train()
-    bench.emit(events.Preview(step=step, paths=tuple(paths)))
+def do_now(bench: Bench, step: int, orders: Orders) -> None:
+    for sample in orders.take_samples(refuse=lambda why: bench.emit(events.Note(text=why))):
+        previews.render_sample(bench, step, sample, orders.stop)
+    if orders.take_save():
+        save_or_say(bench, step)
 
 
 def save(bench: Bench, step: int) -> Path:
@@ -242,7 +256,7 @@ def save(bench: Bench, step: int) -> Path:
     checkpoints.save_state(
         path, position, bench.form, bench.optimizer, bench.generator, bench.accelerator.scaler
     )
-    write_lora(
+    lora = write_lora(
         bench.config,
         bench.folder.lora_at(step),
         bench.form,
@@ -251,7 +265,7 @@ def save(bench: Bench, step: int) -> Path:
         dataset=bench.feeder.dataset,
     )
     checkpoints.prune(bench.folder.checkpoints, bench.config.save.keep)
-    bench.emit(events.Saved(step=step, path=str(path)))
+    bench.emit(events.Saved(step=step, path=str(path), lora=str(lora)))
     return path
 
 
@@ -261,3 +275,11 @@ def save_or_say(bench: Bench, step: int) -> None:
         save(bench, step)
     except SaveFailed as problem:
         bench.emit(events.Note(text=f"Step {step} was not saved; the training goes on. {problem}"))
+
+
+def report_or_say(bench: Bench, lora: Path, stop: StopRequest) -> None:
+    try:
+        write_report(bench.config, bench.folder, bench.live, lora, stop, bench.emit)
+    except Stopped:
+        bench.emit(events.Note(text="Stopped while the report was made. The LoRA is finished."))
+        raise

@@ -37,6 +37,14 @@ class Note(TrainEvent):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TakenUp(TrainEvent):
+    """A process begins to work at the run, or goes on with it: what earlier ones said of its end is past."""
+
+    quiet: ClassVar[bool] = True
+    pid: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Started(TrainEvent):
     """Just before the first step."""
 
@@ -75,6 +83,7 @@ class Step(TrainEvent):
 class Preview(TrainEvent):
     step: int
     paths: tuple[str, ...]
+    prompts: tuple[str, ...]  # of each path
 
     def __str__(self) -> str:
         return f"Step {self.step}: preview {', '.join(self.paths)}"
@@ -83,10 +92,27 @@ class Preview(TrainEvent):
 @dataclass(frozen=True, kw_only=True)
 class Saved(TrainEvent):
     step: int
-    path: str
+    path: str  # the state to resume from
+    lora: str
 
     def __str__(self) -> str:
         return f"Step {self.step}: saved {self.path}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paused(TrainEvent):
+    step: int
+
+    def __str__(self) -> str:
+        return f"Paused after step {self.step}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continued(TrainEvent):
+    step: int
+
+    def __str__(self) -> str:
+        return f"Going on after step {self.step}."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +129,12 @@ class Finished(TrainEvent):
 @dataclass(frozen=True, kw_only=True)
 class Interrupted(TrainEvent):
     step: int
-    path: str
+    path: str  # the state to resume from; empty: stopped while it was getting ready
     resume: str  # the command that goes on
 
     def __str__(self) -> str:
-        return f"Stopped at step {self.step}; saved. Go on with: {self.resume}"
+        kept = "saved" if self.path else "there was nothing new to save"
+        return f"Stopped at step {self.step}; {kept}. Go on with: {self.resume}"
 
 
 @dataclass(frozen=True, kw_only=True)

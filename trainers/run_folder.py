@@ -3,6 +3,7 @@
 runs/fox/            preset.toml  events.jsonl  fox.safetensors  report.json  sheet.png
     checkpoints/     step-000200.safetensors (to resume from), fox-000200.safetensors (the LoRA at that step)
     previews/  cache/
+    control/         while a process is at work: what it is told (trainers.control)
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from lora_core.errors import ConfigError, LoraError, SaveFailed
-from lora_core.safe_files import sweep_partials, write_atomic
-from trainers import presets
+from lora_core.safe_writes import sweep_partials, write_atomic
+from trainers import control, presets
 from trainers.config import TrainConfig
 
 
@@ -47,6 +48,14 @@ class RunFolder:
     @property
     def cache(self) -> Path:
         return self.root / "cache"
+
+    @property
+    def control(self) -> Path:
+        return self.root / control.FOLDER
+
+    @property
+    def resume_command(self) -> str:
+        return f'python launch.py --train --resume "{self.root}"'
 
     @property
     def lora(self) -> Path:
@@ -81,13 +90,22 @@ class RunFolder:
 
     def never_trained(self) -> bool:
         """A run folder of ours in which no step was saved, and no process is at work."""
-        if not self.preset.exists() or self.lora.exists() or any(self.checkpoints.glob("*")):
+        return not self.has_saved() and not self.busy()
+
+    def has_saved(self) -> bool:
+        """Whether there is anything that training made, or the folder is not ours to say."""
+        return not self.preset.exists() or self.lora.exists() or any(self.checkpoints.glob("*"))
+
+    def busy(self) -> bool:
+        """Whether a living process is at work here: the lock of a dead one is free."""
+        lock = self.root / ".lock"
+        if not lock.exists():
             return False
         try:
-            self.lock().release()
-        except RunBusy:
-            return False
-        return True
+            with FileLock(lock, timeout=0):
+                return False
+        except Timeout:
+            return True
 
     @classmethod
     def reopen(cls, root: Path, overrides: Sequence[str] = ()) -> tuple[RunFolder, TrainConfig]:
@@ -104,8 +122,11 @@ class RunFolder:
         return folder, config
 
     def lock(self) -> FileLock:
-        """Held while training; the operating system frees it when the process dies. Raises RunBusy."""
-        lock = FileLock(self.root / ".lock", timeout=0)
+        """Held while training; the operating system frees it when the process dies. Raises RunBusy.
+
+        Half a second of patience: whoever asks `busy` holds it for a moment.
+        """
+        lock = FileLock(self.root / ".lock", timeout=0.5)
         try:
             lock.acquire()
         except Timeout:
