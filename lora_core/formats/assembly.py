@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -18,6 +19,7 @@ from lora_core.deltas.magnitude import WithMagnitude
 from lora_core.errors import ConfigError, FileRefused, NotFinite
 from lora_core.formats import foreign
 from lora_core.safe_files import Header, read_tensors
+from lora_core.safe_header import DTYPES
 
 
 class Part(NamedTuple):
@@ -35,6 +37,10 @@ class Reading:
     unused: tuple[str, ...]
 
 
+# Where the contents of a file's tensors come from: `read_tensors`, or `outlines` where only shapes matter.
+Load = Callable[[Header, Iterable[str]], dict[str, Tensor]]
+
+
 class Format(Protocol):
     """One way of spelling an Adapter in a file."""
 
@@ -44,7 +50,7 @@ class Format(Protocol):
         """Whether the keys look like this spelling. Looks at names only."""
         ...
 
-    def read(self, header: Header) -> Reading:
+    def read(self, header: Header, load: Load = read_tensors) -> Reading:
         """Raises FileRefused for a file that is this spelling and damaged."""
         ...
 
@@ -57,6 +63,7 @@ def assemble(
     header: Header,
     spell: Callable[[str], Part | None],
     *,
+    load: Load = read_tensors,
     alpha_of: Callable[[str, int], float] = lambda path, rank: float(rank),
     magnitude_is_output: bool = False,
 ) -> Reading:
@@ -81,12 +88,25 @@ def assemble(
             unused += [
                 f"{key} ({role} of a layer that has no LoRA)" for role, key in layers.pop(path).items()
             ]
-    tensors = read_tensors(header, [key for roles in layers.values() for key in roles.values()])
+    tensors = load(header, [key for roles in layers.values() for key in roles.values()])
     deltas = {
         path: _delta(header, path, roles, tensors, alpha_of, magnitude_is_output)
         for path, roles in layers.items()
     }
     return Reading(deltas, tuple(unused))
+
+
+def outlines(header: Header, names: Iterable[str]) -> dict[str, Tensor]:
+    """Tensors that have a shape and a dtype and cost nothing: what the header alone says of them.
+
+    A file is then checked by the very code that reads it. Single numbers are ones, for alpha is asked for."""
+    return {
+        name: torch.ones(info.shape, dtype=DTYPES[info.dtype])
+        if math.prod(info.shape) == 1
+        else torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta")
+        for name in names
+        for info in (header.tensors[name],)
+    }
 
 
 def _delta(

@@ -24,10 +24,10 @@ from typing import Any
 from torch import Tensor
 
 from lora_core.adapter import Adapter
-from lora_core.formats.assembly import Part, Reading, assemble, column_or_refuse, factors
+from lora_core.formats.assembly import Load, Part, Reading, assemble, column_or_refuse, factors
 from lora_core.formats.keys import adapter_path
 from lora_core.formats.peft_config import Alphas, config_of, parse
-from lora_core.safe_files import Header, save_tensors
+from lora_core.safe_files import Header, read_tensors, save_tensors
 
 CONFIG = "lora_adapter_metadata"
 PREFIXES = {
@@ -58,7 +58,7 @@ class Diffusers:
     def recognises(self, header: Header) -> bool:
         return any(_KEY.fullmatch(key) for key in header.tensors)
 
-    def read(self, header: Header) -> Reading:
+    def read(self, header: Header, load: Load = read_tensors) -> Reading:
         config = parse(header.metadata.get(CONFIG) or "{}", f"{header.path.name}, {CONFIG}")
         alphas = {component: _alphas(config, component, header) for component in set(PREFIXES.values())}
 
@@ -67,7 +67,7 @@ class Diffusers:
             known = alphas[component]
             return float(rank) if known is None else known.of(in_config(inside), rank)
 
-        return assemble(header, _spell, alpha_of=alpha_of, magnitude_is_output=True)
+        return assemble(header, _spell, load=load, alpha_of=alpha_of, magnitude_is_output=True)
 
     def write(self, adapter: Adapter, path: Path, metadata: dict[str, str]) -> Path:
         """The names diffusers itself writes today for the UNet, and reads in the text encoders."""

@@ -18,11 +18,11 @@ from pathlib import Path
 from torch import Tensor
 
 from lora_core.adapter import Adapter
-from lora_core.formats.assembly import Part, Reading, alpha_tensor, assemble, factors
+from lora_core.formats.assembly import Load, Part, Reading, alpha_tensor, assemble, factors
 from lora_core.formats.keys import adapter_path, flattened
 from lora_core.formats.metadata import with_hashes
 from lora_core.formats.sgm_names import to_sgm
-from lora_core.safe_files import Header, save_tensors
+from lora_core.safe_files import Header, read_tensors, save_tensors
 
 PREFIXES = {
     "lora_unet_": "unet",
@@ -46,8 +46,8 @@ class Kohya:
     def recognises(self, header: Header) -> bool:
         return any(key.startswith(tuple(PREFIXES)) for key in header.tensors)
 
-    def read(self, header: Header) -> Reading:
-        return assemble(header, _spell)
+    def read(self, header: Header, load: Load = read_tensors) -> Reading:
+        return assemble(header, _spell, load=load)
 
     def write(self, adapter: Adapter, path: Path, metadata: dict[str, str]) -> Path:
         """With both hashes. An output-axis DoRA as (out, 1[, 1, 1]), an input-axis one as it came."""

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from lora_core.adapter import COMPONENTS, Adapter
 from lora_core.errors import FileRefused, SaveFailed
-from lora_core.formats.assembly import Part, Reading, assemble, factors
+from lora_core.formats.assembly import Load, Part, Reading, assemble, factors
 from lora_core.formats.diffusers import for_peft, in_config, role_of
 from lora_core.formats.keys import adapter_path
 from lora_core.formats.peft_config import Alphas, config_of, parse
-from lora_core.safe_files import Header, save_tensors, write_atomic
+from lora_core.safe_files import Header, read_tensors, save_tensors, write_atomic
 
 PREFIX = "base_model.model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -37,7 +37,7 @@ class Peft:
     def recognises(self, header: Header) -> bool:
         return any(key.startswith(PREFIX) for key in header.tensors)
 
-    def read(self, header: Header) -> Reading:
+    def read(self, header: Header, load: Load = read_tensors) -> Reading:
         alphas = _read_config(header.path.with_name(CONFIG))
         encoder = _text_encoder(header)
 
@@ -52,6 +52,7 @@ class Peft:
         return assemble(
             header,
             spell,
+            load=load,
             alpha_of=lambda path, rank: alphas.of(in_config(path.partition(".")[2]), rank),
             magnitude_is_output=True,
         )
