@@ -1,0 +1,286 @@
+"""LoRAs and base models on disk: `Lora` and `Stable-diffusion` below one folder, as A1111 names them.
+
+Facts come from the files' headers alone, read once per file and state of it. A file that cannot be used is listed
+with the reason: what is there and not shown is looked for in vain.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import stat
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from app.safe_names import is_inside, plain, safe_name
+from lora_core.adapter import COMPONENTS, Adapter
+from lora_core.errors import FileRefused, LoraError, did_you_mean
+from lora_core.families import FAMILIES
+from lora_core.formats import describe_adapter
+from lora_core.formats.diffusers import CONFIG as ALPHAS
+from lora_core.formats.metadata import without_paths
+from lora_core.safe_files import Header, read_header, sweep_partials, tensors_sha256, write_atomic
+from lora_core.safe_header import PICKLE_NAMES
+
+SUFFIX = ".safetensors"
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+DEMO_BASE = ("Demo model (included)", "demo")
+MOST_TRIGGERS, MAX_TAGS = 8, 2**20  # characters of ss_tag_frequency; 40,000 tags fit
+State = tuple[tuple[str, int, int], ...]  # (path, mtime_ns, size) of all the files that are one LoRA
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """One LoRA of the library. `name` is its path below the folder without the suffix: one LoRA, one name.
+
+    All text but `path` is foreign, with control characters removed and cut to a line. `base_model` is what it
+    says it was trained on; `problem` is "" or why it cannot be used.
+    """
+
+    name: str
+    path: Path
+    family: str | None = None
+    family_title: str = ""
+    layers: int = 0
+    ranks: tuple[int, ...] = ()
+    size_bytes: int = 0
+    triggers: tuple[str, ...] = ()
+    base_model: str = ""
+    problem: str = ""
+
+
+class Library:
+    """The files below `root`. Safe to ask from several threads."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        self.lora_folder, self.base_folder = self.root / "Lora", self.root / "Stable-diffusion"
+        for folder in (self.lora_folder, self.base_folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        sweep_partials(self.lora_folder)
+        self._facts: dict[State, LoraFile] = {}
+        self._hashes: dict[State, str] = {}
+        self._lock = threading.RLock()
+
+    def loras(self) -> list[LoraFile]:
+        """All of them, in subfolders too, by name; those that cannot be used with their problem. Names that begin
+        with a dot are other programs' business."""
+        with self._lock:
+            known, self._facts = self._facts, {}
+            for path in _lora_paths(self.lora_folder):
+                state = _state(path)
+                self._facts[state] = known.get(state) or self._read(path)
+            return _numbered(self._facts.values())
+
+    def find(self, name: str) -> LoraFile:
+        """Raises LoraError, with the nearest name there is."""
+        files = {file.name: file for file in self.loras()}
+        if name not in files:
+            hint = did_you_mean(name, files)
+            raise LoraError(
+                f'"{plain(name)}" is not in the library.{hint if len(hint) < 400 else ""} Drop its file onto the '
+                "page to add it."
+            )
+        return files[name]
+
+    def bases(self) -> list[tuple[str, str]]:
+        """(title, source for open_base): the demo, then the files and diffusers folders of Stable-diffusion.
+
+        Whether one can be used is said when it is opened. Links that lead out of the folder are left out."""
+        found = [p for p in _base_paths(self.base_folder) if is_inside(p, self.base_folder)]
+        titled = [(_name(path, self.base_folder), str(path)) for path in found]
+        return [DEMO_BASE, *sorted(titled, key=lambda pair: pair[0].casefold())]
+
+    def import_file(self, uploaded: Path, filename: str) -> LoraFile:
+        """Put an uploaded file into the library under a safe form of `filename` -> the LoRA.
+
+        It is checked where it lies and moves only if it is one. If the same LoRA is there already, under any
+        name, that one is returned and the upload removed. Raises FileRefused, in one sentence; SaveFailed.
+        """
+        shown = plain(re.split(r"[/\\]", filename)[-1]) or "The file"
+        try:
+            header = _checked(uploaded, filename)
+            describe_adapter(uploaded)
+        except FileRefused as problem:
+            raise FileRefused(str(problem).replace(uploaded.name, shown)) from problem
+        with self._lock:
+            if same := self._same(header):
+                uploaded.unlink(missing_ok=True)
+                return same
+            target = self._free(safe_name(filename[: -len(SUFFIX)]))
+            mode = (
+                stat.S_IMODE(self.lora_folder.stat().st_mode) & 0o666
+            )  # uploads are readable by nobody else
+
+            def move(partial: Path) -> None:
+                shutil.move(uploaded, partial)
+                partial.chmod(mode)
+
+            write_atomic(target, move, needed=uploaded.stat().st_size)
+            return next(file for file in self.loras() if file.path == target)
+
+    def _read(self, path: Path) -> LoraFile:
+        name, size = _name(path, self.lora_folder), sum(size for _, _, size in _state(path))
+        bare = LoraFile(plain(name, 200), path, size_bytes=size)
+        files = path.rglob("*") if path.is_dir() and not path.is_symlink() else ()
+        if not all(is_inside(file, self.lora_folder) for file in (path, *files)):
+            return replace(
+                bare,
+                problem=f"{plain(path.name)} is a link that leads out of {self.lora_folder.name}, or nowhere. Put the "
+                "file itself there.",
+            )
+        if path.is_dir() and path.is_symlink():
+            return replace(bare, problem=f"{plain(path.name)} is a link to a folder of this library.")
+        try:
+            adapter = describe_adapter(path)
+        except LoraError as problem:
+            return replace(bare, problem=plain(problem, 500))
+        ranks = {int(rank) for d in adapter.deltas.values() if (rank := getattr(d, "rank", None)) is not None}
+        return replace(
+            bare,
+            family=adapter.family,
+            family_title=FAMILIES[adapter.family].title if adapter.family else "unknown family",
+            layers=len(adapter.deltas),
+            ranks=tuple(sorted(ranks)),
+            triggers=triggers(adapter),
+            base_model=_base_model(adapter),
+        )
+
+    def _same(self, header: Header) -> LoraFile | None:
+        """The LoRA with these very tensors. Alphas may stand in the metadata alone: they count too."""
+        digest = None
+        for file in self.loras():
+            if file.problem or file.path.is_dir():
+                continue
+            other = read_header(file.path)
+            if other.tensors != header.tensors or other.metadata.get(ALPHAS) != header.metadata.get(ALPHAS):
+                continue
+            digest = digest or tensors_sha256(header)
+            state = _state(file.path)
+            self._hashes[state] = self._hashes.get(state) or tensors_sha256(other)
+            if self._hashes[state] == digest:
+                return file
+        return None
+
+    def _free(self, name: str) -> Path:
+        """A name that no file has, on disks that do not tell Cat from cat either."""
+        taken = {entry.name.casefold() for entry in self.lora_folder.iterdir()}
+        number, candidate = 1, name
+        while f"{candidate}{SUFFIX}".casefold() in taken:
+            number += 1
+            candidate = f"{name}-{number}"
+        return self.lora_folder / f"{candidate}{SUFFIX}"
+
+
+def triggers(adapter: Adapter) -> tuple[str, ...]:
+    """The words that call a LoRA up, as its metadata has them: said by its maker, else the commonest tags."""
+    said = adapter.metadata.get("modelspec.trigger_phrase", "")
+    words = (
+        said[: 2**14].split(",") if said.strip() else _commonest(adapter.metadata.get("ss_tag_frequency", ""))
+    )
+    shown = dict.fromkeys(word for w in words if (word := plain(w)))
+    return tuple(shown)[:MOST_TRIGGERS]
+
+
+def _commonest(text: str) -> list[str]:
+    """ss_tag_frequency: {"10_rex": {"rex": 12, "dog": 9}} -> tags, the commonest first."""
+    if len(text) > MAX_TAGS:
+        return []
+    try:
+        folders = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return []  # a caption's worth of information: not worth a refusal
+    counts: dict[str, int] = {}
+    for tags in folders.values() if isinstance(folders, dict) else ():
+        for tag, count in tags.items() if isinstance(tags, dict) else ():
+            if type(count) is int:
+                counts[tag.strip()] = counts.get(tag.strip(), 0) + count
+    return sorted(counts, key=lambda tag: (-counts[tag], tag))[: 2 * MOST_TRIGGERS]
+
+
+def _base_model(adapter: Adapter) -> str:
+    known = (adapter.metadata.get(key, "")[:2000] for key in ("ss_sd_model_name", "ss_base_model_version"))
+    said = next((without_paths(text) for text in known if text.strip()), "")
+    return plain(said.removesuffix(SUFFIX))
+
+
+def _checked(uploaded: Path, filename: str) -> Header:
+    """The header of an upload that is a plain .safetensors file. Raises FileRefused."""
+    if uploaded.is_symlink():
+        raise FileRefused(f"{uploaded.name} is a link; the file itself was expected.")
+    header = read_header(uploaded)
+    if not filename.lower().endswith(SUFFIX):
+        raise FileRefused(
+            f"{uploaded.name} does not end in {SUFFIX}; LoRAs are read from {SUFFIX} files alone. Rename it if it "
+            "is one."
+        )
+    return header
+
+
+def _name(path: Path, folder: Path) -> str:
+    """Only .safetensors goes without saying."""
+    below = path.relative_to(folder).as_posix()
+    return below[: -len(SUFFIX)] if below.lower().endswith(SUFFIX) and not path.is_dir() else below
+
+
+def _numbered(files: Iterable[LoraFile]) -> list[LoraFile]:
+    """By name, and no name twice: cat.safetensors, cat.SAFETENSORS and a folder named cat are three."""
+    listed: dict[str, LoraFile] = {}
+    for file in sorted(files, key=lambda f: (f.name.casefold(), f.name, f.path.is_dir(), str(f.path))):
+        name, number = file.name, 1
+        while name in listed:
+            number += 1
+            name = f"{file.name} ({number})"
+        listed[name] = replace(file, name=name)
+    return list(listed.values())
+
+
+def _state(path: Path) -> State:
+    """What a LoRA's files look like from outside; when it changes, they are read again."""
+    files = (
+        sorted(p for p in path.rglob("*") if p.is_file())
+        if path.is_dir() and not path.is_symlink()
+        else [path]
+    )
+    facts = []
+    for file in files:
+        try:
+            found = file.stat()
+        except OSError:
+            found = file.lstat()  # a link that leads nowhere
+        facts.append((str(file), found.st_mtime_ns, found.st_size))
+    return tuple(facts) or ((str(path), 0, 0),)
+
+
+def _lora_paths(folder: Path) -> Iterator[Path]:
+    """Files, folders of PEFT's that are one LoRA each, and links to folders, which are not followed."""
+    for where, folders, files in os.walk(folder):
+        here = Path(where)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (here / name for name in folders if (here / name).is_symlink())
+        below = here != folder
+        if below and _is_peft(here) and not (here.name in COMPONENTS and here.parent != folder):
+            yield here
+        for name in files:
+            in_folder = below and name == PEFT_WEIGHTS and PEFT_CONFIG in files
+            if name.lower().endswith((SUFFIX, *PICKLE_NAMES)) and name[0] != "." and not in_folder:
+                yield here / name
+
+
+def _is_peft(folder: Path) -> bool:
+    parts = [folder, *(folder / component for component in COMPONENTS)]
+    return any((part / PEFT_CONFIG).is_file() and (part / PEFT_WEIGHTS).is_file() for part in parts)
+
+
+def _base_paths(folder: Path) -> Iterator[Path]:
+    for where, folders, files in os.walk(folder):
+        if "model_index.json" in files:
+            folders.clear()
+            yield Path(where)
+            continue
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(where, name) for name in files if name.lower().endswith(SUFFIX) and name[0] != ".")
