@@ -2,7 +2,7 @@
 
 runs/fox/            preset.toml  events.jsonl  fox.safetensors  report.json  sheet.png
     checkpoints/     step-000200.safetensors (to resume from), fox-000200.safetensors (the LoRA at that step)
-    previews/  cache/
+    previews/  cache/  log.txt (what a run started by the app has said)
     control/         while a process is at work: what it is told (trainers.control)
 """
 
@@ -36,6 +36,10 @@ class RunFolder:
     @property
     def events(self) -> Path:
         return self.root / "events.jsonl"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "log.txt"
 
     @property
     def checkpoints(self) -> Path:

@@ -70,9 +70,13 @@ def test_a_pause_holds_the_steps_and_changes_nothing(
 ) -> None:
     commands, held = Commands(tmp_path / "runs" / "small"), []
 
+    def go_on() -> None:
+        held.append(len(recorder.losses))
+        commands.unpause()
+
     def go_on_later(event: TrainEvent) -> None:
         if isinstance(event, Paused):
-            threading.Timer(1.5, lambda: (held.append(len(recorder.losses)), commands.unpause())).start()
+            threading.Timer(1.5, go_on).start()
 
     pictures(tmp_path / "images", 3)
     recorder = Recorder()
