@@ -14,6 +14,7 @@ DONE, FAILED, USAGE, BUSY, INTERRUPTED = 0, 1, 2, 3, 130
 
 EPILOG = """\
 examples:
+  python launch.py                                        the app, in the browser
   python launch.py --train presets/demo.toml
   python launch.py --train presets/sd15_subject.toml --set data.images=photos --set train.steps=1200
   python launch.py --train --resume runs/fox
@@ -28,11 +29,11 @@ exit codes: 0 done, 1 failed (the reason is on stderr), 2 wrong usage or refused
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="launch.py",
-        description="Train Stable Diffusion LoRAs, and make pictures with them at any weight.",
+        description="Train Stable Diffusion LoRAs, and wear them at any weight, in the browser or from here.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    what = p.add_argument_group("what to do")
+    what = p.add_argument_group("what to do (nothing: the app)")
     what.add_argument(
         "--train", nargs="?", const="", metavar="PRESET", help="train the LoRA a preset describes"
     )
@@ -44,6 +45,16 @@ def parser() -> argparse.ArgumentParser:
         help="make pictures from a recipe or the flags below",
     )
     what.add_argument("--list-presets", action="store_true", help="the presets that come with LoRA Loom")
+    page = p.add_argument_group("the app")
+    page.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this computer alone)"
+    )
+    page.add_argument("--port", type=int, default=7860, help="port to listen on, or the next free one (7860)")
+    page.add_argument("--token", default="", help="a word to be asked for, needed with another --host")
+    page.add_argument(
+        "--models", type=Path, default=Path("models"), help="folder of LoRAs and base models (models)"
+    )
+    page.add_argument("--no-browser", action="store_true", help="do not open the browser")
     train = p.add_argument_group("training")
     train.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the preset"
@@ -99,14 +110,24 @@ def main(argv: list[str] | None = None) -> int:
         return train(args)
     if args.generate is not None:
         return generate(args)
-    print(
-        "LoRA Loom works from the command line:\n\n"
-        "  python launch.py --train presets/demo.toml      train a first LoRA on the model that is included\n"
-        '  python launch.py --generate --prompt "..."      make a picture, with --lora FILE:WEIGHT if you like\n'
-        "  python launch.py --list-presets                 what there is to start from\n"
-        "  python launch.py --help                         everything else"
-    )
-    return DONE
+    return app(args)
+
+
+def app(args: argparse.Namespace) -> int:
+    from app.host import check_reach
+    from lora_core.errors import ConfigError, LoraError
+
+    try:
+        check_reach(args.host, args.token)  # before torch is loaded for nothing
+        from app.main import run
+
+        return run(
+            args.models, host=args.host, port=args.port, token=args.token, open_browser=not args.no_browser
+        )
+    except ConfigError as problem:
+        return _say(str(problem), USAGE)
+    except LoraError as problem:
+        return _say(str(problem), FAILED)
 
 
 def list_presets() -> int:

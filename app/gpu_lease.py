@@ -23,8 +23,12 @@ def leased(training: Training, check: Callable[[], None]) -> Iterator[None]:
     if training.current() is None or view is None or view.state in ("paused", "starting"):
         yield
         return
-    commands = training.commands()
-    commands.pause()
+    try:
+        commands = training.commands()
+        commands.pause()
+    except LoraError:  # it ended just now: nothing to wait for
+        yield
+        return
     try:
         _wait(training, check)
         yield

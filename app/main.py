@@ -1,51 +1,49 @@
-"""The page, put together: a status line, tabs, and what listens everywhere. Nothing is decided here."""
+"""`launch.py` without a command: the session, and the page in front of it."""
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
-from typing import Any
-
-import gradio as gr
 
 from app.draft import Draft
+from app.host import Page, serve
 from app.session import Session
-from app.status import status_html
-from app.tabs import generate, library, train
-from app.theme import VEIL
-
-LOOK_S = 0.5  # how often the page asks what is new; answered with nothing when nothing is
-QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+from lora_core.errors import LoraError
 
 
-def create_ui(session: Session, draft: Draft) -> gr.Blocks:
-    """The Blocks for `app.host` to serve. A tab is a function of the session."""
-    with gr.Blocks(title="LoRA Loom", fill_width=True, analytics_enabled=False) as page:
-        timer = gr.Timer(LOOK_S)
-        gr.HTML(VEIL)
-        gr.Markdown("# LoRA Loom", elem_id="title")
-        status = gr.HTML(status_html(session), elem_id="status")
-        drop = gr.UploadButton(
-            "Add LoRA files", file_count="multiple", elem_id="drop", size="sm"
-        )  # outside the tabs: what is in a tab that was never opened is not on the page
-        with gr.Tabs(elem_id="tabs"):
-            with gr.Tab("Generate", id="generate-tab"):
-                making = generate.create(session, timer)
-            with gr.Tab("Train", id="train-tab"):
-                train.create(session, draft, timer)
-            with gr.Tab("Library", id="library-tab") as shelf:
-                found = library.create(session)
-        shelf.select(found["look"], found["search"], found["outputs"], **QUIET)
+def run(models: Path, *, host: str, port: int, token: str, open_browser: bool) -> int:
+    """Serve until a signal -> the exit code. `models` holds Lora and Stable-diffusion; pictures, runs and what is
+    being gathered for a training lie beside it."""
+    home = models.absolute().parent
+    session = Session(models.absolute(), home / "outputs", home / "runs")
+    draft = Draft(home / "datasets")
 
-        def dropped(files: list[str] | None) -> None:
-            session.drop([(Path(f), Path(f).name) for f in files or []])
+    def page() -> Page:
+        from app.page import create_ui  # noqa: PLC0415 - gradio takes seconds, and its environment is set by then
 
-        drop.upload(dropped, drop, None, **QUIET)
-        said = gr.State("")
+        return create_ui(session, draft)
 
-        def look(before: str) -> Any:
-            now = status_html(session)
-            return (gr.skip(), gr.skip()) if now == before else (now, now)
+    return serve(
+        page,
+        host=host,
+        port=port,
+        token=token,
+        open_browser=open_browser,
+        outputs=session.pictures.folder,
+        temporary=models.absolute() / ".uploads",
+        on_stop=lambda: leave(session),
+    )
 
-        timer.tick(look, said, [status, said], queue=False, **QUIET)
-        page.load(making["restore"], None, making["fields"], **QUIET)
-    return page
+
+def leave(session: Session) -> None:
+    """The session is kept; a running training is asked to save, and goes on in its own process."""
+    session.close()
+    run = session.training.current()
+    if run is None:
+        return
+    with contextlib.suppress(LoraError):  # still starting, or just over: there is nothing to save
+        session.training.commands().save()
+    print(
+        f"The training in {run} goes on in a process of its own and was asked to save now. Start LoRA Loom again "
+        "to watch it or to stop it."
+    )

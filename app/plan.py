@@ -24,7 +24,7 @@ class Plan:
     rank: int
     keep_class: bool = True
 
-    def overrides(self, pictures: Path, runs: Path) -> list[str]:
+    def overrides(self, pictures: Path) -> list[str]:
         """As `--set` takes them. Raises ConfigError for an answer that is missing."""
         for what, value in (
             ("name for the LoRA", self.name),
@@ -39,7 +39,6 @@ class Plan:
         settings: dict[str, object] = {
             "name": slug(self.name),
             "base": self.base,
-            "output": str(runs),
             "data.images": str(pictures),
             "data.prompt": self.prompt.strip(),
             "train.steps": self.steps,
@@ -53,7 +52,7 @@ class Plan:
         }
         if shipped.data.has_class and self.keep_class:
             settings["data.class_prompt"] = class_prompt(self.noun.strip(), self.base)
-        chosen = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+        chosen = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in settings.items()]
         if not self.keep_class:
             chosen += ["data.class_prompt=", "data.class_count=", "data.class_images="]
         return [*chosen, "report.judge="]

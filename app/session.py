@@ -37,7 +37,6 @@ class Session:
 
     def __init__(self, models: Path, outputs: Path, runs: Path, *, open_now: bool = True) -> None:
         self.library, self.pictures, self.training = Library(models), Pictures(outputs), Training(runs)
-        self.runs = runs.absolute()
         self.worker = Worker()
         self.pipe: LivePipeline | None = None
         self.seal = ""  # the last proof, in words; empty while LoRAs are fused or nothing is open
@@ -115,7 +114,7 @@ class Session:
         if self.training.current() is not None:
             raise LoraError("A training is running. Wait for it, or stop and save it first.")
         pictures = draft.freeze(slug(plan.name))
-        return self.training.start(plan.preset, plan.overrides(pictures, self.runs))
+        return self.training.start(plan.preset, plan.overrides(pictures))
 
     def remove(self, name: str) -> Job:
         return self.worker.submit(f"Removing {name}", lambda job: self._remove([name]))

@@ -59,6 +59,14 @@ def object_weights(per_thing: int) -> Tensor:
     return torch.stack(maps)[:, None]
 
 
+def tokenizer_of(folder: Path) -> CLIPTokenizer:
+    """The one in the folder: its text encoder knows the words by those numbers. Else a new one."""
+    if (folder / "tokenizer" / "vocab.json").exists():
+        found: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        return found
+    return new_tokenizer()
+
+
 def words_of(args: argparse.Namespace, tokenizer: CLIPTokenizer, captions: Tensor) -> CLIPTextModel:
     """The text encoder in the folder, else a new one, trained (two minutes); it stays as it is from here on."""
     folder = args.out / "text_encoder"
@@ -75,7 +83,7 @@ def words_of(args: argparse.Namespace, tokenizer: CLIPTokenizer, captions: Tenso
 def train_unet(scenes: np.ndarray, args: argparse.Namespace, vae: AutoencoderKL) -> None:
     """v-prediction on cached latents with floored min-SNR, AdamW, EMA; writes the folder as it goes."""
     device, per_thing = vae.device, len(scenes) // len(training_things())
-    tokenizer, schedule = new_tokenizer(), NoiseSchedule.from_scheduler(new_scheduler()).to(device)
+    tokenizer, schedule = tokenizer_of(args.out), NoiseSchedule.from_scheduler(new_scheduler()).to(device)
     captions = caption_ids(tokenizer, per_thing)
     encoder = words_of(args, tokenizer, captions).to(device)
     torch.manual_seed(0)

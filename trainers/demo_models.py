@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
+from itertools import pairwise
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from trainers.demo_scenes import COLOURS, PATTERNS, SIZE, things
 
 SCALING = 0.18215  # SD 1.x's own factor; latents are rescaled inside the VAE until this is right
 
+END = "</w>"  # of a word, in CLIP's spelling
 TEXT_LENGTH = 32  # tokens; every one beyond a caption dilutes its words
 
 COMMON_WORDS = (
@@ -26,25 +27,32 @@ COMMON_WORDS = (
 def new_tokenizer(length: int = TEXT_LENGTH) -> CLIPTokenizer:
     """CLIP's byte-level BPE with a vocabulary of our own: every word a caption uses is one token, any other
     word falls into pieces down to single bytes, so every prompt tokenises."""
-    words = [*COMMON_WORDS.split(), *COLOURS, *PATTERNS, "background"]
-    words += [word for t in things().values() for word in (t.name, t.kind)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=4096,
-        min_frequency=1,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    learner.train_from_iterator(sorted(set(words)), trainer)
-    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    words = {*COMMON_WORDS.split(), *COLOURS, *PATTERNS}
+    words |= {word for t in things().values() for word in (t.name, t.kind)}
+    merges = merges_for(sorted(words))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces = [*alphabet, *(c + "</w>" for c in alphabet), *(a + b for a, b in merges)]
+    pieces = [*alphabet, *(c + END for c in alphabet), *(a + b for a, b in merges)]
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     for special in ("<|startoftext|>", "<|endoftext|>"):
         vocab[special] = len(vocab)
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
+
+
+def merges_for(words: list[str]) -> list[tuple[str, str]]:
+    """Merges that make one token of each word, the same in every process.
+
+    The library's own trainer breaks ties by the order of a hash table: of 1,096 tokens some twenty changed places
+    from run to run. Later merges rank behind, so they can't take an earlier word apart.
+    """
+    rank: dict[tuple[str, str], int] = {}
+    for word in words:
+        pieces = [*word[:-1], word[-1] + END]
+        while len(pieces) > 1:
+            pairs = list(pairwise(pieces))
+            at = min(range(len(pairs)), key=lambda i: (rank.get(pairs[i], len(rank)), i))
+            rank.setdefault(pairs[at], len(rank))
+            pieces[at : at + 2] = ["".join(pairs[at])]
+    return list(rank)
 
 
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:

@@ -151,7 +151,7 @@ def settings_of(text: str) -> dict[str, Any]:
     """The form's fields that a picture's text tells; LoRAs stay as they are in the mixer."""
     read = parse_parameters(text)
     facts = read["fields"]
-    width, _, height = facts.get("Size", "0x0").partition("x")
+    width, _, height = facts.get("Size", "").partition("x")
     numbers = {"steps": facts.get("Steps"), "seed": facts.get("Seed"), "width": width, "height": height}
     values: dict[str, Any] = {
         "prompt": read["prompt"],

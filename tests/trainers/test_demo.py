@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from lora_core import LivePipeline
 from lora_core.safe_files import read_header
 from tests.trainers.runs import Recorder
 from trainers import presets
+from trainers.demo_base import tokenizer_of
 from trainers.demo_check import generate_all, measure, share_nearest, wanted_scenes
 from trainers.demo_models import new_tokenizer
 from trainers.demo_scenes import (
@@ -31,6 +35,8 @@ from trainers.demo_scenes import (
 from trainers.dreambooth import train
 from trainers.events import Reported
 from trainers.measures import distances, embed, named_background, nearest_colour
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_what_is_held_out_is_not_trained_on() -> None:
@@ -56,13 +62,45 @@ def test_the_base_fits_in_32_mb_of_fp16() -> None:
     }
 
 
-def test_any_prompt_and_any_new_word_tokenises() -> None:
-    tokenizer = new_tokenizer()
+@pytest.mark.parametrize("which", ["shipped", "new"])
+def test_any_prompt_and_any_new_word_tokenises(which: str) -> None:
+    tokenizer = new_tokenizer() if which == "new" else tokenizer_of(DEMO / "base")
     for text in ("a dog on a striped red background", "zxq sks ohwx", "naïve 日本 🦊 1234 !?"):
         ids = tokenizer(text).input_ids
         assert tokenizer.unk_token_id not in ids[1:-1] or tokenizer.unk_token_id == tokenizer.eos_token_id
         assert len(ids) > 2
     assert all(len(tokenizer(name).input_ids) == 3 for name in things())
+
+
+def test_a_tokenizer_made_again_gives_the_words_the_same_numbers() -> None:
+    """In processes that hash otherwise: a resumed training reads its captions by these numbers."""
+    code = (
+        "from trainers.demo_models import new_tokenizer; print(sorted(new_tokenizer().get_vocab().items()))"
+    )
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(said) == 1
+
+
+def test_every_position_from_the_end_on_tells_the_words(demo: LivePipeline) -> None:
+    """What the UNet looks at: between captions that differ in one noun the encoder's last states differ as much as
+    between those that differ in the colour. (An encoder that had collapsed to colours shipped once.)"""
+    names, colours = list(things())[:12], list(COLOURS)[:6]
+    captions = [centred(things()[n], c).caption() for n in names for c in colours]
+    tokenizer, encoder = demo.pipeline.tokenizer, demo.pipeline.text_encoder
+    ids = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        last = encoder(ids).last_hidden_state[:, 10:].reshape(len(names), len(colours), -1)
+    spread = {"noun": last.mean(1).var(0).sum(), "colour": last.mean(0).var(0).sum()}
+    assert float(spread["noun"] / spread["colour"]) > 0.5
 
 
 def test_scenes_show_what_their_caption_says() -> None:

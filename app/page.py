@@ -1,0 +1,55 @@
+"""The page, put together: a status line, tabs, and what listens everywhere. Nothing is decided here.
+
+Gradio is imported with this module and those it shows, so only `main` imports it, when the page is asked for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from app.draft import Draft
+from app.host import Page
+from app.session import Session
+from app.status import status_html
+from app.tabs import generate, library, train
+from app.theme import CSS, HEAD, THEME, VEIL
+
+LOOK_S = 0.5  # how often the page asks what is new; answered with nothing when nothing is
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+
+def create_ui(session: Session, draft: Draft) -> Page:
+    """For `app.host` to serve. A tab is a function of the session."""
+    with gr.Blocks(title="LoRA Loom", fill_width=True, analytics_enabled=False) as page:
+        timer = gr.Timer(LOOK_S)
+        gr.HTML(VEIL)
+        gr.Markdown("# LoRA Loom", elem_id="title")
+        status = gr.HTML(status_html(session), elem_id="status")
+        drop = gr.UploadButton(
+            "Add LoRA files", file_count="multiple", elem_id="drop", size="sm"
+        )  # outside the tabs: what is in a tab that was never opened is not on the page
+        with gr.Tabs(elem_id="tabs"):
+            with gr.Tab("Generate", id="generate-tab"):
+                making = generate.create(session, timer)
+            with gr.Tab("Train", id="train-tab"):
+                train.create(session, draft, timer)
+            with gr.Tab("Library", id="library-tab") as shelf:
+                found = library.create(session)
+        shelf.select(found["look"], found["search"], found["outputs"], **QUIET)
+
+        def dropped(files: list[str] | None) -> None:
+            session.drop([(Path(f), Path(f).name) for f in files or []])
+
+        drop.upload(dropped, drop, None, **QUIET)
+        said = gr.State("")
+
+        def look(before: str) -> Any:
+            now = status_html(session)
+            return (gr.skip(), gr.skip()) if now == before else (now, now)
+
+        timer.tick(look, said, [status, said], queue=False, **QUIET)
+        page.load(making["restore"], None, making["fields"], **QUIET)
+    return Page(page, THEME, CSS, HEAD)

@@ -1,0 +1,196 @@
+"""The page in a real browser: the newcomer's way from a prompt to a trained LoRA and back to the base, bit for bit."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, Page, expect
+
+from app.host import Host
+from app.session import Session
+from lora_core import LivePipeline, write_adapter
+from tests.app.page import Seen, app_at, browser, wait
+from tests.lora_core.test_pipeline import random_adapter
+from tests.small_models import small_pipeline
+
+pytestmark = pytest.mark.browser
+PROMPT = "a zxq animal on a blue background"
+
+
+@pytest.fixture(scope="module")
+def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with browser(tmp_path_factory.mktemp("chrome")) as found:
+        yield found
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Iterator[tuple[Session, Host]]:
+    with app_at(tmp_path) as found:
+        yield found
+
+
+@pytest.fixture
+def seen() -> Iterator[Seen]:
+    """Whatever a test does, the page asks nobody else for anything and no script of it fails."""
+    found = Seen()
+    yield found
+    assert found.foreign == []
+    assert found.errors == []
+
+
+def opened(chrome: Browser, host: Host, seen: Seen) -> Page:
+    page = chrome.new_page(viewport={"width": 1440, "height": 1000})
+    seen.watch(page)
+    page.goto(host.url)
+    expect(page.locator("#generate")).to_be_visible(timeout=60_000)
+    return page
+
+
+def generate(page: Page, session: Session) -> bytes:
+    """Press the button, wait for the picture -> its pixels, from the file."""
+    before = session.pictures.newest()[:1]
+    page.locator("#generate").click()
+    wait(lambda: session.pictures.newest()[:1] != before and not session.worker.view.busy, "a picture", 120)
+    with Image.open(session.pictures.newest()[0]) as image:
+        return image.convert("RGB").tobytes()
+
+
+def after(session: Session, page: Page, button: str) -> None:
+    revision = session.worker.revision
+    page.get_by_role("button", name=button, exact=True).click()
+    wait(lambda: session.worker.revision > revision and not session.worker.view.busy, button, 120)
+
+
+def test_the_newcomers_way(chrome: Browser, app: tuple[Session, Host], seen: Seen) -> None:
+    """Generate, train, use, slide, generate, fuse, generate, unfuse, take off, generate: first and last are equal."""
+    session, host = app
+    page = opened(chrome, host, seen)
+    page.locator("#prompt textarea").fill(PROMPT)
+    first = generate(page, session)
+    assert session.last_request is not None
+    assert session.last_request.prompt == PROMPT
+
+    page.get_by_role("tab", name="Train").click()
+    page.locator("#train-example").click()
+    expect(page.locator(".thumb")).to_have_count(5, timeout=30_000)
+    page.locator("#train-steps input[type=number]").fill("30")
+    page.locator("#train-steps input[type=number]").press("Enter")
+    page.locator("#train-class input").uncheck()
+    page.locator("#train-start").click()
+    wait(
+        lambda: (view := session.training.view()) and view.state == "finished", "the training to finish", 300
+    )
+    view = session.training.view()
+    assert view is not None
+    assert (view.steps, view.lora is not None) == (30, True)
+    expect(page.locator("#train-use")).to_be_enabled(timeout=30_000)
+    page.locator("#train-use").click()
+    wait(lambda: "my-first-lora" in session.rows and not session.worker.view.busy, "the LoRA in the mixer")
+
+    page.get_by_role("tab", name="Generate").click()
+    weight = page.get_by_role("slider", name="Weight of my-first-lora").first
+    expect(weight).to_be_visible(timeout=30_000)
+    live = generate(page, session)
+    weight.focus()
+    for _ in range(4):
+        weight.press("ArrowRight")
+    wait(lambda: abs(session.rows["my-first-lora"].weight - 1.2) < 1e-6, "the slider to arrive")
+    stronger = generate(page, session)
+    assert session.pipe is not None
+    assert session.pipe.weights == {"my-first-lora": pytest.approx(1.2)}
+    after(session, page, "Fuse")
+    assert session.pipe.fused
+    fused = generate(page, session)
+    after(session, page, "Unfuse")
+    assert not session.pipe.fused
+    after(session, page, "Take all off")
+    assert session.pipe.loaded == {}
+    assert session.seal.startswith("base verified")
+    expect(page.locator("#status")).to_contain_text("base verified", timeout=10_000)
+    last = generate(page, session)
+    assert first == last
+    assert len({first, live, stronger}) == 3
+    assert fused != first
+
+
+def test_every_control_reaches_the_request(chrome: Browser, app: tuple[Session, Host], seen: Seen) -> None:
+    session, host = app
+    page = opened(chrome, host, seen)
+    page.locator("#prompt textarea").fill("a dog on a red background")
+    page.locator("#more > button").click()
+    page.locator("#negative textarea, #negative input").first.fill("blurry")
+    numbers = {"steps": "7", "guidance": "3.5", "seed": "11", "count": "2", "width": "72", "height": "80"}
+    for name, value in numbers.items():
+        field = page.locator(f"#{name} input[type=number]").first
+        field.fill(value)
+        field.press("Tab")
+    page.locator("#sampler input").click()
+    page.get_by_role("option", name="Euler a", exact=True).click()
+    generate(page, session)
+    request = session.last_request
+    assert request is not None
+    assert (request.prompt, request.negative_prompt) == ("a dog on a red background", "blurry")
+    assert (request.steps, request.guidance, request.seed, request.count) == (7, 3.5, 11, 2)
+    assert (request.width, request.height, request.sampler) == (72, 80, "Euler a")
+
+    page.reload()
+    expect(page.locator("#prompt textarea")).to_have_value("a dog on a red background", timeout=30_000)
+    page.locator("#more > button").click()
+    expect(page.locator("#steps input[type=number]")).to_have_value("7")
+
+
+def lora_file(path: Path, family: str, seed: int) -> Path:
+    live = LivePipeline(small_pipeline(family))
+    return write_adapter(random_adapter(live, seed, name=path.stem), path, spelling="kohya")
+
+
+def demo_lora(path: Path, seed: int) -> Path:
+    live = LivePipeline.open("demo", device="cpu")
+    return write_adapter(random_adapter(live, seed, name=path.stem), path, spelling="kohya")
+
+
+DROP = """async ([selector, files]) => {
+  const data = new DataTransfer();
+  for (const [name, bytes] of files)
+    data.items.add(new File([Uint8Array.from(atob(bytes), c => c.charCodeAt(0))], name));
+  document.querySelector(selector).dispatchEvent(
+    new DragEvent('drop', {bubbles: true, cancelable: true, dataTransfer: data}));
+}"""
+
+
+def test_three_dropped_and_one_of_them_bad(
+    chrome: Browser, app: tuple[Session, Host], seen: Seen, tmp_path: Path
+) -> None:
+    session, host = app
+    wait(lambda: session.pipe is not None, "the demo model")
+    files = [demo_lora(tmp_path / "ink.safetensors", 1), demo_lora(tmp_path / "glow.safetensors", 2)]
+    (tmp_path / "broken.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0 not a header")
+    files.insert(1, tmp_path / "broken.safetensors")
+    page = opened(chrome, host, seen)
+    coded = [[f.name, base64.b64encode(f.read_bytes()).decode()] for f in files]
+    page.evaluate(DROP, ["body", coded])
+    wait(lambda: len(session.rows) == 2 and not session.worker.view.busy, "two LoRAs in the mixer")
+    assert set(session.rows) == {"ink", "glow"}
+    assert {f.name for f in session.library.loras()} == {"ink", "glow"}
+    expect(page.locator("#message")).to_contain_text("broken.safetensors", timeout=10_000)
+    expect(page.get_by_role("slider", name="Weight of ink").first).to_be_visible()
+    expect(page.get_by_role("slider", name="Weight of glow").first).to_be_visible()
+    expect(page.locator("#veil")).to_be_hidden()
+
+
+def test_reload_in_the_middle_of_a_picture(chrome: Browser, app: tuple[Session, Host], seen: Seen) -> None:
+    session, host = app
+    page = opened(chrome, host, seen)
+    session.remember(prompt="a cat on a red background", steps=100, count=4)
+    session.generate(session.wanted.form.request())
+    wait(lambda: session.worker.view.step > 2, "the first steps", 120)
+    page.reload()
+    expect(page.locator("#status")).to_contain_text("of 100", timeout=30_000)
+    expect(page.locator("#preview img")).to_be_visible(timeout=30_000)
+    page.locator("#stop").click()
+    wait(lambda: session.worker.view.state == "stopped", "the stop", 30)
+    expect(page.locator("#message")).to_contain_text("Stopped", timeout=10_000)
