@@ -51,7 +51,8 @@ def create(session: Session, timer: gr.Timer) -> dict[str, Any]:
 
 
 def _row(session: Session, row: Row) -> None:
-    name, fresh = row.name, {"preserved_by_key": []}
+    name = row.name
+    fresh: dict[str, Any] = {"preserved_by_key": []}
     with gr.Group(key=f"group-{name}", elem_classes="lora"):
         with gr.Row(key=f"row-{name}", equal_height=True):
             on = gr.Checkbox(

@@ -1,0 +1,103 @@
+"""The pictures to learn from: chosen or dropped, looked at, and given their words."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from app.draft import Draft, Entry
+from app.status import escape_lines
+from trainers import presets
+from trainers.images import EXTENSIONS
+
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+CAPTIONS_SHOWN = 40
+
+
+def create(draft: Draft, timer: gr.Timer) -> dict[str, Any]:
+    c: dict[str, Any] = {}
+    gr.Markdown("### 1 · Pictures\n4 to 20 of one subject, in different places and lights.")
+    with gr.Row(equal_height=True):
+        c["upload"] = gr.UploadButton(
+            "Choose pictures",
+            file_count="multiple",
+            file_types=[*EXTENSIONS, ".txt"],
+            elem_id="train-upload",
+            scale=2,
+        )
+        c["example"] = gr.Button("Try the included fox", elem_id="train-example", scale=2)
+        c["clear"] = gr.Button("Take all out", elem_id="train-clear", scale=1, min_width=110)
+    c["problems"] = gr.HTML(elem_id="train-problems")
+    c["seen_draft"] = gr.State(-1)
+
+    @gr.render(inputs=c["seen_draft"], show_progress="hidden")
+    def thumbnails(_: int) -> None:
+        entries = draft.entries()
+        if not entries:
+            gr.HTML('<div class="empty">No pictures yet.</div>', key="no-pictures")
+        for entry in entries[:CAPTIONS_SHOWN]:
+            _thumbnail(draft, entry)
+        if len(entries) > CAPTIONS_SHOWN:
+            rest = len(entries) - CAPTIONS_SHOWN
+            gr.Markdown(f"{rest} more pictures are in the set; all of them are trained on.", key="rest")
+
+    def add(files: list[str] | None) -> str:
+        problems = draft.add([(Path(f), Path(f).name) for f in files or []])
+        return escape_lines(problems)
+
+    def example() -> str:
+        fox = presets.PRESETS / "demo" / "subjects" / "fox" / "train"
+        return escape_lines(draft.add([(p, p.name) for p in sorted(fox.iterdir())]))
+
+    c["upload"].upload(add, c["upload"], c["problems"], **QUIET)
+    c["example"].click(example, None, c["problems"], **QUIET)
+    c["clear"].click(draft.clear, None, None, **QUIET)
+    timer.tick(
+        lambda seen: gr.skip() if seen == draft.revision else draft.revision,
+        c["seen_draft"],
+        c["seen_draft"],
+        **QUIET,
+    )
+    return c
+
+
+def _thumbnail(draft: Draft, entry: Entry) -> None:
+    name = entry.path.name
+    with gr.Row(key=f"row-{name}", equal_height=True, elem_classes="thumb"):
+        gr.Image(
+            str(entry.path),
+            label=name,
+            show_label=False,
+            height=72,
+            width=72,
+            interactive=False,
+            container=False,
+            buttons=[],
+            key=f"image-{name}",
+            min_width=72,
+            scale=0,
+            elem_classes="thumb-image",
+        )
+        caption = gr.Textbox(
+            entry.caption,
+            label=f"Caption of {name}",
+            placeholder="empty: the prompt below",
+            key=f"caption-{name}",
+            preserved_by_key=[],
+            scale=6,
+            min_width=160,
+        )
+        out = gr.Button("Take out", size="sm", key=f"out-{name}", scale=1, min_width=80)
+    caption.input(
+        partial(draft.caption, name),
+        caption,
+        None,
+        queue=False,
+        trigger_mode="always_last",
+        key=f"say-{name}",
+        **QUIET,
+    )
+    out.click(partial(draft.remove, name), None, None, queue=False, key=f"remove-{name}", **QUIET)
