@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,7 @@ from lora_core.recipe import Recipe, split_weight
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--list-presets"], []])
+@pytest.mark.parametrize("words", [["--help"], ["--list-presets"]])
 def test_light_commands_import_no_torch_and_no_gradio(words: list[str]) -> None:
     code = (
         "import sys, launch\n"
@@ -33,6 +36,35 @@ def test_light_commands_import_no_torch_and_no_gradio(words: list[str]) -> None:
     )
     assert result.stdout.endswith("heavy []\n")
     assert "--train" in result.stdout or "demo.toml" in result.stdout
+
+
+def test_without_a_command_the_app_answers_and_a_signal_ends_it(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        ROOT / "launch.py",
+        "--no-browser",
+        "--port",
+        "0",
+        "--models",
+        tmp_path / "models",
+    ]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
+        try:
+            assert child.stdout is not None
+            said = child.stdout.readline()
+            assert said.startswith("LoRA Loom is at http://127.0.0.1:"), said
+            with urllib.request.urlopen(said.split()[4], timeout=30) as answer:
+                assert b"LoRA Loom" in answer.read()
+        finally:
+            child.send_signal(signal.SIGTERM)
+            assert child.wait(60) == 0
+    assert (tmp_path / "models" / "session.json").exists()
+
+
+def test_the_network_is_let_in_with_a_token_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch.main(["--host", "0.0.0.0"]) == 2
+    assert "Add --token" in capsys.readouterr().err
 
 
 def test_every_flag_is_in_help() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import gradio as gr
 
+from app.memory import Form
 from app.session import Session
 from app.status import message_html
 from app.tabs import mixer
@@ -22,7 +23,7 @@ def create(session: Session, timer: gr.Timer) -> dict[str, Any]:
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
             _base_picker(session, c)
-            _form(c)
+            _form(session.wanted.form, c)
             c |= mixer.create(session, timer)
         with gr.Column(scale=6, min_width=320):
             _results(c)
@@ -40,30 +41,35 @@ def _base_picker(session: Session, c: dict[str, Any]) -> None:
     )
 
 
-def _form(c: dict[str, Any]) -> None:
-    c["prompt"] = gr.Textbox(label="Prompt", lines=2, elem_id="prompt", autofocus=True)
+def _form(form: Form, c: dict[str, Any]) -> None:
+    c["prompt"] = gr.Textbox(form.prompt, label="Prompt", lines=2, elem_id="prompt", autofocus=True)
     with gr.Row():
         c["generate"] = gr.Button("Generate", variant="primary", elem_id="generate", scale=3)
         c["stop"] = gr.Button("Stop", elem_id="stop", scale=1, min_width=80)
     with gr.Accordion("More settings", open=False, elem_id="more"):
         c["negative_prompt"] = gr.Textbox(
-            label="Negative prompt", elem_id="negative", placeholder="What should not be there"
+            form.negative_prompt,
+            label="Negative prompt",
+            elem_id="negative",
+            placeholder="What should not be there",
         )
         with gr.Row():
-            c["steps"] = gr.Slider(1, 100, step=1, label="Steps", elem_id="steps")
-            c["guidance"] = gr.Slider(0, 20, step=0.5, label="Guidance", elem_id="guidance")
+            c["steps"] = gr.Slider(1, 100, form.steps, step=1, label="Steps", elem_id="steps")
+            c["guidance"] = gr.Slider(0, 20, form.guidance, step=0.5, label="Guidance", elem_id="guidance")
         with gr.Row():
-            c["seed"] = gr.Number(label="Seed", precision=0, elem_id="seed", info="-1: a new one each time")
-            c["count"] = gr.Slider(1, 8, step=1, label="Pictures", elem_id="count")
+            c["seed"] = gr.Number(
+                form.seed, label="Seed", precision=0, elem_id="seed", info="-1: a new one each time"
+            )
+            c["count"] = gr.Slider(1, 8, form.count, step=1, label="Pictures", elem_id="count")
         with gr.Row():
             c["width"] = gr.Number(
-                label="Width", precision=0, elem_id="width", info="0: as the model was made"
+                form.width, label="Width", precision=0, elem_id="width", info="0: as the model was made"
             )
             c["height"] = gr.Number(
-                label="Height", precision=0, elem_id="height", info="0: as the model was made"
+                form.height, label="Height", precision=0, elem_id="height", info="0: as the model was made"
             )
         c["sampler"] = gr.Dropdown(
-            [(OWN, ""), *((s, s) for s in SAMPLERS)], label="Sampler", elem_id="sampler"
+            [(OWN, ""), *((s, s) for s in SAMPLERS)], value=form.sampler, label="Sampler", elem_id="sampler"
         )
 
 
@@ -128,7 +134,14 @@ def _listen(session: Session, timer: gr.Timer, c: dict[str, Any]) -> None:
 
     outputs = [seen, c["preview"], c["message"], c["gallery"], c["base"], c["sampler"]]
     timer.tick(look, seen, outputs, **quiet)
-    c["restore"] = lambda: [getattr(session.wanted.form, name) for name in FORM]
+    built = session.wanted.form
+
+    def restore() -> list[Any]:
+        """Only what has changed since the page was put together: a quick user's first words are not written over."""
+        form = session.wanted.form
+        return [gr.skip()] * len(FORM) if form == built else [getattr(form, name) for name in FORM]
+
+    c["restore"] = restore
     c["fields"] = fields
 
     chosen = gr.State(-1)
