@@ -45,9 +45,9 @@ def reference_losses(settings: TrainConfig, class_folder: Path) -> list[float]:
     dora = settings.lora.variant == "dora"
     wanted = {"r": 4, "lora_alpha": 6, "use_dora": dora}
     unet.add_adapter(peft.LoraConfig(target_modules=["to_q", "to_k", "to_v", "to_out.0"], **wanted))
-    text_encoder.add_adapter(
-        peft.LoraConfig(target_modules=["q_proj", "k_proj", "v_proj", "out_proj"], **wanted)
-    )
+    # by PEFT itself: transformers 5.24's own add_adapter asks for a PEFT that is not released yet
+    words = peft.LoraConfig(target_modules=["q_proj", "k_proj", "v_proj", "out_proj"], **wanted)
+    peft.inject_adapter_in_model(words, text_encoder)
     assert settings.lora.start_from is not None
     start = read_adapter(settings.lora.start_from)
     for path, delta in start.deltas.items():
@@ -110,14 +110,15 @@ def reference_losses(settings: TrainConfig, class_folder: Path) -> list[float]:
 
 @pytest.mark.parametrize(
     ("prediction", "variant", "rate"),
-    [("v_prediction", "lora", 1e-4), ("v_prediction", "dora", 5e-5), ("epsilon", "lora", 1e-6)],
+    [("v_prediction", "lora", 1e-5), ("v_prediction", "dora", 1e-5), ("epsilon", "lora", 1e-6)],
 )
 def test_twenty_losses_equal_diffusers_and_peft(
     tmp_path: Path, prediction: str, variant: str, rate: float
 ) -> None:
     """On a trained model. On random weights AdamW is chaotic, since it scales up gradients that are mere rounding:
-    the reference loop parted from itself by 2e-3 in 20 steps when its noise was changed by 1e-7. The
-    demo base knows v only, so epsilon is compared at a rate that keeps it still."""
+    the reference loop parted from itself by 2e-3 in 20 steps when its noise was changed by 1e-7. On the demo base
+    the first nine losses agree to 3e-7 at a rate of 1e-4 too, then rounding grows; at 1e-5 all twenty agree to 1.3e-6,
+    and they have moved by 6e-3. It knows v only, so epsilon is compared at a rate that keeps it still."""
     base = demo_folder(tmp_path / "base", prediction)
     pictures(tmp_path / "images", 5, caption="a zxq cat")
     pictures(tmp_path / "class", 3, seed=1)
@@ -131,12 +132,12 @@ def test_twenty_losses_equal_diffusers_and_peft(
     ours, theirs = losses_of(settings), reference_losses(settings, tmp_path / "class")
     assert len(ours) == 20
     assert ours == pytest.approx(theirs, rel=1e-5)
-    if rate > 1e-5:  # what is compared to 1e-5 has learnt ten times as much
+    if prediction == "v_prediction":  # what is compared to 1e-5 has learnt a hundred times as much
         still = settings.model_copy(
             update={"train": settings.train.model_copy(update={"learning_rate": 1e-9})}
         )
         untrained = reference_losses(still, tmp_path / "class")
-        assert abs(untrained[-1] / theirs[-1] - 1) > 1e-4
+        assert abs(untrained[-1] / theirs[-1] - 1) > 1e-3
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
