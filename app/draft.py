@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_core.errors import ConfigError, LoraError
-from lora_core.safe_files import write_atomic
+from lora_core.safe_writes import copy_atomic, write_atomic
 from trainers.captions import read_caption, sidecar
 from trainers.dataset import picture_files
 from trainers.images import EXTENSIONS, open_image
@@ -44,7 +44,7 @@ class Draft:
                     raise LoraError(
                         f"{name} is neither a picture ({', '.join(EXTENSIONS)}) nor a .txt caption."
                     )
-                write_atomic(self.folder / _plain_name(name), _copier(path))
+                copy_atomic(path, self.folder / _plain_name(name))
             except LoraError as problem:
                 problems.append(str(problem).replace(path.name, name))
         self.revision += 1
@@ -91,10 +91,6 @@ def _plain_name(name: str) -> str:
     if not plain:
         raise LoraError(f'"{name}" is no name for a file.')
     return plain
-
-
-def _copier(source: Path):  # type: ignore[no-untyped-def]
-    return lambda target: shutil.copyfile(source, target)
 
 
 def _link(source: str, target: str) -> None:

@@ -7,7 +7,6 @@ brings the pipeline to what is wanted when its turn comes.
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from lora_core.generation import GenerationRequest
 from lora_core.mix import AdapterWeight
 from lora_core.pipeline import LivePipeline
 from lora_core.preview import LatentPreview
-from lora_core.safe_files import write_atomic
+from lora_core.safe_writes import copy_atomic
 
 
 class Session:
@@ -78,15 +77,14 @@ class Session:
         self.save()
 
     def _changed(self, *, rows: bool = False) -> None:
-        if rows:
-            self.mixer_revision += 1
+        self.mixer_revision += rows
         self.save()
         self.worker.changed()
 
     # --- jobs -----------------------------------------------------------------------------------------------
 
     def choose_base(self, source: str) -> Job:
-        return self.worker.submit(f"Opening {Path(source).name}", lambda job: self._open(source, job))
+        return self.worker.submit(f"Opening {Path(source).name}", lambda job: self._choose(source, job))
 
     def wear(self, names: Sequence[str]) -> Job:
         """LoRAs of the library into the mixer, at weight 1."""
@@ -140,13 +138,19 @@ class Session:
         assert self.pipe is not None
         return self.pipe
 
+    def _choose(self, source: str, job: Job) -> str:
+        """The page may ask for what the library offers, and for no other path."""
+        if source not in [offered for _, offered in self.library.bases()]:
+            raise LoraError(
+                f"{source} is not among the base models. Put its file or folder into {self.library.base_folder}."
+            )
+        return self._open(source, job)
+
     def _open(self, source: str, job: Job) -> str:
         before, self.pipe = self.pipe, None
         if before is not None:
             before.unload()
-            before.pipeline.to(
-                "cpu"
-            )  # two models may not fit on the card; if the new one is refused, this is back
+            before.pipeline.to("cpu")  # two may not fit on the card; if the new one is refused, this is back
         try:
             pipe = LivePipeline.open(source)
         except LoraError:
@@ -219,7 +223,7 @@ class Session:
 
     def _use(self, file: Path, job: Job) -> str:
         copy = self.library.root / f".{file.name}.copy"
-        write_atomic(copy, lambda target: _copy(file, target))
+        copy_atomic(file, copy)
         return self._wear([self.library.import_file(copy, file.name).name], job)
 
     def _remove(self, names: Sequence[str]) -> str:
@@ -290,10 +294,6 @@ def _facts(coverage: Coverage) -> str:
     return f"{coverage.matched} of {coverage.total} layers" + (
         f", {len(coverage.unused)} keys not used" if coverage.unused else ""
     )
-
-
-def _copy(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)
 
 
 def _device() -> torch.device:

@@ -45,6 +45,15 @@ def write_atomic(path: Path | str, write: Callable[[Path], None], *, needed: int
             partial.unlink(missing_ok=True)
 
 
+def copy_atomic(source: Path | str, path: Path | str) -> None:
+    """A copy of a file's bytes, whole or not there. Raises SaveFailed."""
+
+    def write(partial: Path) -> None:
+        shutil.copyfile(source, partial)
+
+    write_atomic(path, write)
+
+
 def sweep_partials(folder: Path | str) -> list[Path]:
     """Remove the temporary files that killed processes left in `folder`; those of a living writer stay."""
     swept: list[Path] = []
