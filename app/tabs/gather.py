@@ -87,6 +87,7 @@ def _thumbnail(draft: Draft, entry: Entry) -> None:
             placeholder="empty: the prompt below",
             key=f"caption-{name}",
             preserved_by_key=[],
+            interactive=True,
             scale=6,
             min_width=160,
         )

@@ -52,7 +52,7 @@ def create(session: Session, timer: gr.Timer) -> dict[str, Any]:
 
 def _row(session: Session, row: Row) -> None:
     name = row.name
-    fresh: dict[str, Any] = {"preserved_by_key": []}
+    fresh: dict[str, Any] = {"preserved_by_key": [], "interactive": True}
     with gr.Group(key=f"group-{name}", elem_classes="lora"):
         with gr.Row(key=f"row-{name}", equal_height=True):
             on = gr.Checkbox(
@@ -71,7 +71,7 @@ def _row(session: Session, row: Row) -> None:
             )
             remove = gr.Button(f"Remove {name}", size="sm", scale=1, min_width=90, key=f"remove-{name}")
         if row.aside:
-            gr.Markdown(f"Set aside: {_plain(row.aside)}", key=f"aside-{name}", **fresh)
+            gr.Markdown(f"Set aside: {_plain(row.aside)}", key=f"aside-{name}", preserved_by_key=[])
         with gr.Accordion(f"Text encoder of {name}", open=row.text is not None, key=f"more-{name}"):
             text = gr.Slider(
                 -1,
