@@ -45,9 +45,9 @@ class Pictures:
             return str(problem)
 
 
-def data_uri(image: Image.Image) -> str:
-    """For previews, which leave no file: at most 512 pixels wide, and the browser scales them up smoothly."""
+def data_uri(image: Image.Image, most: int = 512) -> str:
+    """For previews, which leave no file: at most `most` pixels a side, and the browser scales them up smoothly."""
     buffer = io.BytesIO()
-    image.thumbnail((512, 512))
+    image.thumbnail((most, most))
     image.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

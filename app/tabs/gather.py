@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from app.draft import Draft, Entry
+from app.pictures import data_uri
 from app.status import escape_lines
 from trainers import presets
-from trainers.images import EXTENSIONS
+from trainers.images import EXTENSIONS, open_image
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 CAPTIONS_SHOWN = 40
@@ -67,19 +69,10 @@ def create(draft: Draft, timer: gr.Timer) -> dict[str, Any]:
 def _thumbnail(draft: Draft, entry: Entry) -> None:
     name = entry.path.name
     with gr.Row(key=f"row-{name}", equal_height=True, elem_classes="thumb"):
-        gr.Image(
-            str(entry.path),
-            label=name,
-            show_label=False,
-            height=72,
-            width=72,
-            interactive=False,
-            container=False,
-            buttons=[],
+        gr.HTML(
+            f'<img class="thumb-image" alt="{escape(name)}" src="{_small(entry.path, entry.path.stat().st_mtime_ns)}">',
             key=f"image-{name}",
             min_width=72,
-            scale=0,
-            elem_classes="thumb-image",
         )
         caption = gr.Textbox(
             entry.caption,
@@ -102,3 +95,9 @@ def _thumbnail(draft: Draft, entry: Entry) -> None:
         **QUIET,
     )
     out.click(partial(draft.remove, name), None, None, queue=False, key=f"remove-{name}", **QUIET)
+
+
+@lru_cache(maxsize=256)
+def _small(path: Path, mtime_ns: int) -> str:
+    """A photograph is decoded once, however often the rows are drawn anew."""
+    return data_uri(open_image(path), 144)

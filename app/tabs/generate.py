@@ -15,6 +15,7 @@ from lora_core.parameters import parse_parameters
 from lora_core.samplers import SAMPLERS, samplers_of
 
 OWN = "the model's own"
+NO_PICTURES = '<div class="empty">Pictures appear here. Describe one, and press Generate (Ctrl+Enter).</div>'
 
 
 def create(session: Session, timer: gr.Timer) -> dict[str, Any]:
@@ -26,7 +27,7 @@ def create(session: Session, timer: gr.Timer) -> dict[str, Any]:
             _form(session.wanted.form, c)
             c |= mixer.create(session, timer)
         with gr.Column(scale=6, min_width=320):
-            _results(c)
+            _results(session, c)
     _listen(session, timer, c)
     return c
 
@@ -76,10 +77,13 @@ def _form(form: Form, c: dict[str, Any]) -> None:
 FORM = ("prompt", "negative_prompt", "seed", "steps", "guidance", "width", "height", "count", "sampler")
 
 
-def _results(c: dict[str, Any]) -> None:
+def _results(session: Session, c: dict[str, Any]) -> None:
     c["preview"] = gr.HTML(elem_id="preview", elem_classes="preview")
     c["message"] = gr.HTML(elem_id="message")
+    # Gradio's own picture of an empty gallery is an unlabelled image to a screen reader: ours is a sentence
     c["gallery"] = gr.Gallery(
+        [str(path) for path in session.pictures.newest()],
+        visible=bool(session.pictures.newest()),
         label="Pictures",
         columns=3,
         object_fit="contain",
@@ -121,13 +125,14 @@ def _listen(session: Session, timer: gr.Timer, c: dict[str, Any]) -> None:
         if revision == session.worker.revision:
             return [gr.skip()] * 6
         current, job = session.worker.revision, session.worker.view
+        pictures = [str(path) for path in session.pictures.newest()]
         own = session.pipe.pipeline.scheduler if session.pipe else None
         names = samplers_of(own) if own is not None else list(SAMPLERS)
         return [
             current,
             _preview_html(job.preview, job.step, job.steps),
-            message_html(job),
-            [str(path) for path in session.pictures.newest()] if not job.busy else gr.skip(),
+            message_html(job) or ("" if pictures else NO_PICTURES),
+            gr.skip() if job.busy else gr.update(value=pictures, visible=bool(pictures)),
             gr.update(choices=session.library.bases(), value=session.wanted.base),
             gr.update(choices=[(OWN, ""), *((s, s) for s in names)]),
         ]

@@ -107,6 +107,7 @@ def _running(c: dict[str, Any]) -> None:
         elem_id="train-previews",
         interactive=False,
         buttons=["fullscreen"],
+        visible=False,  # until there is one: Gradio's empty gallery has no name for a screen reader
     )
     c["sheet"] = gr.Image(
         label="Before and after",
@@ -178,9 +179,13 @@ def _look(session: Session, seen: Any) -> list[Any]:
         gr.update(interactive=stepping),
         gr.update(interactive=not alive),
         gr.update(value=curves(points), visible=bool(points)),
-        [(str(path), f"step {step}: {prompt}") for step, prompt, path in (view.previews if view else [])],
+        gr.update(value=_previews(view), visible=bool(view and view.previews)),
         gr.update(value=str(view.sheet) if view and view.sheet else None, visible=bool(view and view.sheet)),
     ]
+
+
+def _previews(view: TrainView | None) -> list[tuple[str, str]]:
+    return [(str(path), f"step {step}: {prompt}") for step, prompt, path in (view.previews if view else ())]
 
 
 def _mark(view: TrainView | None) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from app.draft import Draft
 from app.host import Host
 from app.page import create_ui
 from app.session import Session
+from lora_core.errors import LoraError
 
 CHROMIUM = "/usr/bin/chromium"
 QUIET_BROWSER = (
@@ -39,6 +41,12 @@ class Seen:
         page.on("pageerror", lambda e: self.errors.append(str(e)))
         page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
 
+    def reload(self, page: Page) -> None:
+        """As a user would. Of what the leaving page complains about, its own cut-off connections do not count."""
+        page.reload()
+        page.wait_for_selector("#generate", timeout=60_000)
+        self.errors = [e for e in self.errors if not re.search(r"AbortError|errored out|Failed to fetch", e)]
+
     def _request(self, url: str) -> None:
         if not url.startswith(("http://127.0.0.1:", "data:", "blob:")):
             self.foreign.append(url)
@@ -57,7 +65,8 @@ def app_at(folder: Path) -> Iterator[tuple[Session, Host]]:
         yield session, host
     finally:
         if session.training.current() is not None:
-            session.training.commands().stop()
+            with suppress(LoraError):  # it was ending already
+                session.training.commands().stop()
             wait(lambda: session.training.current() is None, "the training to stop", 60)
         host.stop()
         session.close()

@@ -5,13 +5,16 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
 from app.host import Host
 from app.session import Session
+from app.training import Training
 from lora_core import LivePipeline, write_adapter
 from tests.app.page import Seen, app_at, browser, wait
 from tests.lora_core.test_pipeline import random_adapter
@@ -137,7 +140,7 @@ def test_every_control_reaches_the_request(chrome: Browser, app: tuple[Session, 
     assert (request.steps, request.guidance, request.seed, request.count) == (7, 3.5, 11, 2)
     assert (request.width, request.height, request.sampler) == (72, 80, "Euler a")
 
-    page.reload()
+    seen.reload(page)
     expect(page.locator("#prompt textarea")).to_have_value("a dog on a red background", timeout=30_000)
     page.locator("#more > button").click()
     expect(page.locator("#steps input[type=number]")).to_have_value("7")
@@ -188,9 +191,80 @@ def test_reload_in_the_middle_of_a_picture(chrome: Browser, app: tuple[Session, 
     session.remember(prompt="a cat on a red background", steps=100, count=4)
     session.generate(session.wanted.form.request())
     wait(lambda: session.worker.view.step > 2, "the first steps", 120)
-    page.reload()
+    seen.reload(page)
     expect(page.locator("#status")).to_contain_text("of 100", timeout=30_000)
     expect(page.locator("#preview img")).to_be_visible(timeout=30_000)
     page.locator("#stop").click()
     wait(lambda: session.worker.view.state == "stopped", "the stop", 30)
     expect(page.locator("#message")).to_contain_text("Stopped", timeout=10_000)
+
+
+def test_a_training_is_found_again_after_a_reload_and_by_another_server(
+    chrome: Browser, app: tuple[Session, Host], seen: Seen, tmp_path: Path
+) -> None:
+    """Paused, reloaded, looked at from a second tab, gone on with, sampled, stopped and saved."""
+    session, host = app
+    page = opened(chrome, host, seen)
+    page.get_by_role("tab", name="Train").click()
+    page.locator("#train-example").click()
+    expect(page.locator(".thumb")).to_have_count(5, timeout=30_000)
+    page.locator("#train-class input").uncheck()
+    page.locator("#train-steps input[type=number]").fill("5000")
+    page.locator("#train-steps input[type=number]").press("Enter")
+    page.locator("#train-start").click()
+    wait(lambda: (view := session.training.view()) and view.step > 5, "the first steps", 120)
+    page.locator("#train-pause").click()
+    wait(lambda: (view := session.training.view()) and view.state == "paused", "the pause", 30)
+
+    seen.reload(page)
+    expect(page.locator("#status")).to_contain_text("paused", timeout=30_000)
+    second = opened(chrome, host, seen)
+    second.get_by_role("tab", name="Train").click()
+    expect(second.locator("#train-pause")).to_have_text("Go on", timeout=30_000)
+    found = Training(tmp_path / "runs").view()  # as a restarted server sees it
+    assert found is not None
+    assert found.state == "paused"
+
+    second.locator("#sample-prompt textarea, #sample-prompt input").first.fill(
+        "a zxq animal on a red background"
+    )
+    second.locator("#sample-now").click()
+    wait(lambda: any("red" in p[1] for p in session.training.view().previews), "the sample", 60)
+    second.locator("#train-pause").click()
+    wait(lambda: (view := session.training.view()) and view.state == "running", "going on", 30)
+    picture = generate(page, session)  # the training makes room for it, and goes on by itself
+    assert picture
+    wait(
+        lambda: (view := session.training.view()) and view.state == "running",
+        "going on after the picture",
+        30,
+    )
+    second.locator("#train-stop").click()
+    wait(lambda: (view := session.training.view()) and view.state == "stopped", "the save", 60)
+    view = session.training.view()
+    assert view is not None
+    assert view.resume
+    assert list((view.run / "checkpoints").glob("step-*.safetensors"))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_keeps_anybody_out(
+    chrome: Browser, app: tuple[Session, Host], seen: Seen, tmp_path: Path, scheme: Literal["light", "dark"]
+) -> None:
+    """axe, WCAG 2 A and AA, on every tab, with a LoRA in the mixer and pictures in the set: no violation."""
+    session, host = app
+    session.drop([(demo_lora(tmp_path / "ink.safetensors", 1), "ink.safetensors")])
+    page = chrome.new_page(viewport={"width": 1440, "height": 1000}, color_scheme=scheme)
+    seen.watch(page)
+    page.goto(host.url)
+    expect(page.get_by_role("slider", name="Weight of ink").first).to_be_visible(timeout=60_000)
+    page.locator("#more > button").click()
+    for tab in ("Generate", "Train", "Library"):
+        page.get_by_role("tab", name=tab).click()
+        if tab == "Train":
+            page.locator("#train-example").click()
+            expect(page.locator(".thumb")).to_have_count(5, timeout=30_000)
+        page.wait_for_timeout(700)  # for what fades in
+        found = Axe().run(page, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]})
+        said = [f"{v['id']}: {[n['target'] for n in v['nodes']]}" for v in found.response["violations"]]
+        assert said == [], f"{tab} in {scheme}"
