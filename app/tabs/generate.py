@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -102,18 +103,18 @@ def _listen(session: Session, timer: gr.Timer, c: dict[str, Any]) -> None:
     fields = [c[name] for name in FORM]
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
-    def remember(*values: Any) -> None:
-        session.remember(**_form_values(values))
-
-    for field in fields:
-        field.input(remember, fields, None, queue=False, trigger_mode="always_last", **quiet)
+    for name, field in zip(FORM, fields, strict=True):
+        # each its own value: a late event of one field must not bring back what another had before
+        remember = partial(_remember, session, name)
+        field.input(remember, field, None, queue=False, trigger_mode="always_last", **quiet)
 
     def generate(*values: Any) -> None:
-        session.remember(**_form_values(values))
+        named = _form_values(values)
         try:
-            session.generate(session.wanted.form.request())
+            session.generate(session.wanted.form.changed(**named).request())
         except ConfigError as problem:
             raise gr.Error(str(problem), print_exception=False) from None
+        session.remember(**named)
 
     gr.on([c["generate"].click, c["prompt"].submit], generate, fields, None, **quiet)
     c["stop"].click(session.worker.stop, None, None, queue=False, **quiet)
@@ -185,11 +186,18 @@ def settings_of(text: str) -> dict[str, Any]:
     return values
 
 
+def _remember(session: Session, name: str, value: Any) -> None:
+    session.remember(**_typed({name: value}))
+
+
 def _form_values(values: tuple[Any, ...]) -> dict[str, Any]:
+    return _typed(dict(zip(FORM, values, strict=True)))
+
+
+def _typed(named: dict[str, Any]) -> dict[str, Any]:
     """A cleared number field is None: the page then keeps what was there."""
     whole = ("seed", "steps", "width", "height", "count")
-    named = {n: v for n, v in zip(FORM, values, strict=True) if v is not None}
-    return {n: int(v) if n in whole else v for n, v in named.items()}
+    return {n: int(v) if n in whole else v for n, v in named.items() if v is not None}
 
 
 def _preview_html(uri: str, step: int, steps: int) -> str:
