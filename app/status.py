@@ -24,7 +24,8 @@ def status_html(session: Session) -> str:
         parts.append(f'<span class="live">{len(pipe.loaded)} LoRA{"s" * (len(pipe.loaded) > 1)} live</span>')
     if session.seal:
         broken = "" if session.seal.startswith("base verified") else " broken"
-        parts.append(f'<span class="seal{broken}" title="compared bit for bit">{escape(session.seal)}</span>')
+        short = escape(session.seal.split(" tensors equal")[0])
+        parts.append(f'<span class="seal{broken}" title="{escape(session.seal)}, bit for bit">{short}</span>')
     parts += [job_html(job), training_html(session.training.view())]
     return f'<div class="status" role="status">{"".join(filter(None, parts))}</div>'
 

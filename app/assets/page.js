@@ -5,6 +5,15 @@
 (() => {
   const veil = () => document.getElementById('veil');
   const carriesFiles = e => [...(e.dataTransfer?.types || [])].includes('Files');
+  // Into the file input beside the upload button of this name, as if they had been chosen there.
+  const give = (button, files) => {
+    const input = document.querySelector(`input[data-testid="${button}-upload-button"]`);
+    if (!files.length || !input) return;
+    const data = new DataTransfer();
+    files.forEach(f => data.items.add(f));
+    input.files = data.files;
+    input.dispatchEvent(new Event('change', { bubbles: true }));
+  };
   window.addEventListener('dragover', e => {
     if (!carriesFiles(e)) return;
     e.preventDefault();
@@ -16,12 +25,10 @@
     if (e.defaultPrevented || !carriesFiles(e)) return;
     e.preventDefault();
     const files = [...e.dataTransfer.files];
-    const input = document.querySelector('input[data-testid="Add LoRA files-upload-button"]');
-    if (!files.length || !input) return;
-    const data = new DataTransfer();
-    files.forEach(f => data.items.add(f));
-    input.files = data.files;
-    input.dispatchEvent(new Event('change', { bubbles: true }));
+    const gathering = document.getElementById('train-upload')?.checkVisibility();
+    const toLearn = f => gathering && !f.name.toLowerCase().endsWith('.safetensors');
+    give('Choose pictures', files.filter(toLearn));
+    give('Add LoRA files', files.filter(f => !toLearn(f)));
   });
   window.addEventListener('keydown', e => {
     const press = id => {

@@ -31,7 +31,7 @@ def create(draft: Draft, timer: gr.Timer) -> dict[str, Any]:
             scale=2,
         )
         c["example"] = gr.Button("Try the included fox", elem_id="train-example", scale=2)
-        c["clear"] = gr.Button("Take all out", elem_id="train-clear", scale=1, min_width=110)
+        c["clear"] = gr.Button("Take all out", elem_id="train-clear", scale=1, min_width=130)
     c["problems"] = gr.HTML(elem_id="train-problems")
     c["seen_draft"] = gr.State(-1)
 
@@ -68,11 +68,11 @@ def create(draft: Draft, timer: gr.Timer) -> dict[str, Any]:
 
 def _thumbnail(draft: Draft, entry: Entry) -> None:
     name = entry.path.name
-    with gr.Row(key=f"row-{name}", equal_height=True, elem_classes="thumb"):
+    with gr.Row(key=f"row-{name}", elem_classes="thumb"):
         gr.HTML(
             f'<img class="thumb-image" alt="{escape(name)}" src="{_small(entry.path, entry.path.stat().st_mtime_ns)}">',
             key=f"image-{name}",
-            min_width=72,
+            elem_classes="thumb-cell",
         )
         caption = gr.Textbox(
             entry.caption,
@@ -84,7 +84,7 @@ def _thumbnail(draft: Draft, entry: Entry) -> None:
             scale=6,
             min_width=160,
         )
-        out = gr.Button("Take out", size="sm", key=f"out-{name}", scale=1, min_width=80)
+        out = gr.Button("Take out", size="sm", key=f"out-{name}", elem_classes="thumb-out")
     caption.input(
         partial(draft.caption, name),
         caption,

@@ -132,7 +132,7 @@ def _listen(session: Session, timer: gr.Timer, c: dict[str, Any]) -> None:
         return [
             current,
             _preview_html(job.preview, job.step, job.steps),
-            message_html(job) or ("" if pictures else NO_PICTURES),
+            message_html(job) + ("" if pictures or job.busy else NO_PICTURES),
             gr.skip() if job.busy else gr.update(value=pictures, visible=bool(pictures)),
             gr.update(choices=session.library.bases(), value=session.wanted.base),
             gr.update(choices=[(OWN, ""), *((s, s) for s in names)]),

@@ -53,8 +53,10 @@ def _subject(session: Session, c: dict[str, Any]) -> None:
         elem_id="train-prompt",
     )
     gr.Markdown("### 3 · Training")
-    shipped = [(f"{name}: {text}", name) for name, _, text in presets.list_presets()]
-    c["preset"] = gr.Dropdown(shipped, value="demo", label="Preset", elem_id="train-preset")
+    names = [name for name, _, _ in presets.list_presets()]
+    c["preset"] = gr.Dropdown(
+        names, value="demo", label="Preset", info=_about("demo"), elem_id="train-preset"
+    )
     c["name"] = gr.Textbox("my-first-lora", label="Name of the LoRA", elem_id="train-name")
     with gr.Row():
         c["steps"] = gr.Slider(10, 5000, value=450, step=10, label="Training steps", elem_id="train-steps")
@@ -68,8 +70,18 @@ def _subject(session: Session, c: dict[str, Any]) -> None:
     c["start"] = gr.Button("Start training", variant="primary", elem_id="train-start")
 
 
+def _about(preset: str) -> str:
+    """What the preset says of itself; a line below the list, where it is not cut off."""
+    return next(text for name, _, text in presets.list_presets() if name == preset)
+
+
 def _running(c: dict[str, Any]) -> None:
     c["card"] = gr.HTML(elem_id="train-card")
+    with gr.Column(visible=False) as c["during"]:  # nothing to press before there is a training
+        _orders(c)
+
+
+def _orders(c: dict[str, Any]) -> None:
     with gr.Row():
         c["pause"] = gr.Button("Pause", elem_id="train-pause", size="sm", interactive=False, min_width=90)
         c["save"] = gr.Button("Save now", elem_id="save-now", size="sm", interactive=False, min_width=90)
@@ -89,7 +101,7 @@ def _running(c: dict[str, Any]) -> None:
         visible=False,
         tooltip="none",
     )
-    with gr.Row(equal_height=True):
+    with gr.Row():
         c["sample_prompt"] = gr.Textbox(
             label="Sample prompt",
             elem_id="sample-prompt",
@@ -129,9 +141,9 @@ def _listen(session: Session, draft: Draft, timer: gr.Timer, c: dict[str, Any]) 
 
     def of_preset(name: str) -> Any:
         config = presets.load(name, ['data.images="."'])
-        return config.train.steps, config.lora.rank, config.data.has_class
+        return gr.update(info=_about(name)), config.train.steps, config.lora.rank, config.data.has_class
 
-    c["preset"].input(of_preset, c["preset"], [c["steps"], c["rank"], c["keep_class"]], **QUIET)
+    c["preset"].input(of_preset, c["preset"], [c["preset"], c["steps"], c["rank"], c["keep_class"]], **QUIET)
 
     answers = [c[n] for n in ("preset", "name", "noun", "prompt", "steps", "rank", "keep_class")]
 
@@ -156,7 +168,7 @@ def _listen(session: Session, draft: Draft, timer: gr.Timer, c: dict[str, Any]) 
     c["use"].click(lambda: _said(session.use_trained), None, None, **QUIET)
 
     seen = gr.State(None)
-    names = ("card", "pause", "save", "end", "use", "sample", "start", "plot", "previews", "sheet")
+    names = ("card", "during", "pause", "save", "end", "use", "sample", "start", "plot", "previews", "sheet")
     timer.tick(partial(_look, session), seen, [seen, *(c[n] for n in names)], **QUIET)
 
 
@@ -164,7 +176,7 @@ def _look(session: Session, seen: Any) -> list[Any]:
     view = session.training.view()
     mark = _mark(view)
     if mark == seen:
-        return [gr.skip()] * 11
+        return [gr.skip()] * 12
     alive = view is not None and view.state in ("starting", "running", "paused")
     stepping = view is not None and view.state in ("running", "paused")
     paused = view is not None and view.state == "paused"
@@ -172,6 +184,7 @@ def _look(session: Session, seen: Any) -> list[Any]:
     return [
         mark,
         training_card(view),
+        gr.update(visible=view is not None),
         gr.update(value="Go on" if paused else "Pause", interactive=stepping),
         gr.update(interactive=stepping),
         gr.update(interactive=stepping),
