@@ -1,7 +1,7 @@
 """The pictures of the page in this folder, made anew: `python -m docs.screenshots [--only SCENE...]`.
 
-The real app, the included model, a real training of the fox in a folder of its own, a real browser. Every scene is taken at
-1440 and at 400 pixels, in light and in dark.
+The real app, the included model, a real training of the fox in a folder of its own, a real browser. Every scene is
+taken at 1440 and at 400 pixels, in light and in dark.
 """
 
 from __future__ import annotations
