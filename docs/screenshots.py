@@ -32,14 +32,22 @@ class Camera:
     """Four windows onto one app, in step with each other."""
 
     def __init__(self, chrome: Browser, host: Host, folder: Path, only: list[str]) -> None:
-        self.folder, self.only = folder, only
+        self.chrome, self.host, self.folder, self.only = chrome, host, folder, only
         self.pages: dict[str, Page] = {}
+        self.open()
+
+    def open(self) -> None:
         for size, (width, height) in SIZES.items():
             for scheme in SCHEMES:
-                page = chrome.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
-                page.goto(host.url)
+                page = self.chrome.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+                page.goto(self.host.url)
                 expect(page.locator("#generate")).to_be_visible(timeout=60_000)
                 self.pages[f"{size}-{scheme}"] = page
+
+    def close(self) -> None:
+        """While a training runs: four pages that draw its curve leave it little of two cores."""
+        for page in self:
+            page.close()
 
     def __iter__(self) -> Iterator[Page]:
         return iter(self.pages.values())
@@ -96,13 +104,20 @@ def shoot(camera: Camera, session: Session, scratch: Path) -> None:
         expect(page.locator(".thumb")).to_have_count(5, timeout=30_000)
     camera.take("train-pictures")
     first.locator("#train-start").click()
+    wait(lambda: session.training.view(), "the start")
+    camera.close()
     wait(lambda: (v := session.training.view()) and v.step > 200 and len(v.previews) > 2, "previews", 300)
     session.training.commands().pause()
     wait(state_is(session, "paused"), "the pause")
+    camera.open()
+    camera.tab("Train")
     camera.take("train-running")
+    camera.close()
     session.training.commands().unpause()
     wait(lambda: (v := session.training.view()) and v.state == "finished" and v.sheet, "the end", 300)
     wait(lambda: session.training.current() is None, "the report", 120)
+    camera.open()
+    camera.tab("Train")
     camera.take("train-finished")
     session.use_trained()
     idle(session)
