@@ -25,9 +25,9 @@ def create_ui(session: Session, draft: Draft) -> Page:
     """For `app.host` to serve. A tab is a function of the session."""
     with gr.Blocks(title="LoRA Loom", fill_width=True, analytics_enabled=False) as page:
         timer = gr.Timer(LOOK_S)
-        gr.HTML(VEIL)
+        gr.HTML(VEIL, padding=False)
         gr.Markdown("# LoRA Loom", elem_id="title")
-        status = gr.HTML(status_html(session), elem_id="status")
+        status = gr.HTML(status_html(session), elem_id="status", padding=False)
         drop = gr.UploadButton(
             "Add LoRA files", file_count="multiple", elem_id="drop", size="sm"
         )  # outside the tabs: what is in a tab that was never opened is not on the page

@@ -98,14 +98,13 @@ class Session:
         """A training's LoRA, finished or of any step: a copy goes into the library and is worn."""
         return self.worker.submit(f"Loading {file.stem}", lambda job: self._use(file, job))
 
-    def use_trained(self) -> Job:
-        """The finished LoRA of the training on show."""
+    def use_trained(self, step: int | None = None) -> Job:
+        """The LoRA of the training on show: the newest there is, or the one saved at `step`."""
         view = self.training.view()
-        if view is None or view.lora is None:
-            raise LoraError(
-                "There is no finished LoRA yet. Start a training, or stop and save the running one."
-            )
-        return self.use(view.lora)
+        found = None if view is None else view.lora if step is None else dict(view.saved).get(step)
+        if found is None:
+            raise LoraError("There is no such LoRA yet. Start a training, or save the running one.")
+        return self.use(found)
 
     def train(self, plan: Plan, draft: Draft) -> Path:
         """Start `plan` on the draft's pictures as they are now -> the run folder."""
@@ -211,7 +210,8 @@ class Session:
             try:
                 names.append(self.library.import_file(path, filename).name)
             except LoraError as problem:
-                problems.append(f"{filename}: {problem}")
+                said = str(problem)
+                problems.append(said if said.startswith(filename) else f"{filename}: {said}")
         try:
             said = self._wear(names, job) if names else ""
         except LoraError as problem:

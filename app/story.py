@@ -28,7 +28,7 @@ class TrainView:
     eta_s     seconds left, pauses not counted; 0 until known
     losses    (step, raw, smoothed), at most 1,000
     previews  (step, prompt, picture), the run's own and the samples asked for, in the order they were made
-    saved     (step, LoRA file) of every save
+    saved     (step, LoRA file) of every save whose file is still there: old ones are swept
     lora      the finished LoRA, else that of the newest save
     resume    the command that goes on with a run that is stopped, or has failed after a save
     """
@@ -176,7 +176,7 @@ class Story:
             eta_s=self.eta_s,
             losses=tuple(shown),
             previews=tuple(self.previews),
-            saved=tuple(sorted(self.saved.items())),
+            saved=tuple(sorted((step, lora) for step, lora in self.saved.items() if lora.exists())),
             notes=tuple(self.notes),
             lora=self.lora or (self.saved[max(self.saved)] if self.saved else None),
             sheet=self.sheet,

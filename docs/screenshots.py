@@ -128,7 +128,7 @@ def shoot(camera: Camera, session: Session, scratch: Path) -> None:
     session.set_row("ink", weight=0.4)
     session.set_row("soft-light", weight=-0.25)
     camera.tab("Generate")
-    colours = ("blue", "green", "red", "yellow", "purple", "orange")
+    colours = ("blue", "green", "red", "yellow", "gray", "purple")
     for seed, colour in enumerate(colours):
         session.remember(prompt=f"a zxq animal on a {colour} background", seed=seed)
         session.generate(session.wanted.form.request())

@@ -98,6 +98,8 @@ def facts(config: TrainConfig, opened: OpenedBase, *, step: int, dataset: Datase
             {config.data.images.name: {"n_repeats": 1, "img_count": len(dataset.instances)}}
         ),
     }
+    if config.data.prompt:
+        words["modelspec.trigger_phrase"] = config.data.prompt
     return {**{k: str(v) for k, v in words.items()}, "loom.preset": presets.dump(without_folders(config))}
 
 

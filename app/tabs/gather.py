@@ -22,24 +22,28 @@ CAPTIONS_SHOWN = 40
 def create(draft: Draft, timer: gr.Timer) -> dict[str, Any]:
     c: dict[str, Any] = {}
     gr.Markdown("### 1 · Pictures\n4 to 20 of one subject, in different places and lights.")
-    with gr.Row(equal_height=True):
+    with gr.Row():
         c["upload"] = gr.UploadButton(
             "Choose pictures",
             file_count="multiple",
             file_types=[*EXTENSIONS, ".txt"],
             elem_id="train-upload",
+            size="md",
             scale=2,
+            min_width=120,
         )
-        c["example"] = gr.Button("Try the included fox", elem_id="train-example", scale=2)
-        c["clear"] = gr.Button("Take all out", elem_id="train-clear", scale=1, min_width=130)
-    c["problems"] = gr.HTML(elem_id="train-problems")
+        c["example"] = gr.Button(
+            "Try the included fox", elem_id="train-example", size="md", scale=2, min_width=120
+        )
+        c["clear"] = gr.Button("Take all out", elem_id="train-clear", size="md", scale=1, min_width=100)
+    c["problems"] = gr.HTML(elem_id="train-problems", padding=False)
     c["seen_draft"] = gr.State(-1)
 
     @gr.render(inputs=c["seen_draft"], show_progress="hidden")
     def thumbnails(_: int) -> None:
         entries = draft.entries()
         if not entries:
-            gr.HTML('<div class="empty">No pictures yet.</div>', key="no-pictures")
+            gr.HTML('<div class="empty">No pictures yet.</div>', key="no-pictures", padding=False)
         for entry in entries[:CAPTIONS_SHOWN]:
             _thumbnail(draft, entry)
         if len(entries) > CAPTIONS_SHOWN:
@@ -82,9 +86,9 @@ def _thumbnail(draft: Draft, entry: Entry) -> None:
             preserved_by_key=[],
             interactive=True,
             scale=6,
-            min_width=160,
+            min_width=120,
         )
-        out = gr.Button("Take out", size="sm", key=f"out-{name}", elem_classes="thumb-out")
+        out = gr.Button(f"Take out {name}", size="sm", key=f"out-{name}", elem_classes="cross")
     caption.input(
         partial(draft.caption, name),
         caption,

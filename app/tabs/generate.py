@@ -26,7 +26,7 @@ def create(session: Session, timer: gr.Timer) -> dict[str, Any]:
         with gr.Column(scale=5, min_width=320):
             _base_picker(session, c)
             _form(session.wanted.form, c)
-            c |= mixer.create(session, timer)
+            c |= mixer.create(session, timer, c["prompt"])
         with gr.Column(scale=6, min_width=320):
             _results(session, c)
     _listen(session, timer, c)
@@ -79,8 +79,8 @@ FORM = ("prompt", "negative_prompt", "seed", "steps", "guidance", "width", "heig
 
 
 def _results(session: Session, c: dict[str, Any]) -> None:
-    c["preview"] = gr.HTML(elem_id="preview", elem_classes="preview")
-    c["message"] = gr.HTML(elem_id="message")
+    c["preview"] = gr.HTML(elem_id="preview", elem_classes="preview", padding=False)
+    c["message"] = gr.HTML(elem_id="message", padding=False)
     # Gradio's own picture of an empty gallery is an unlabelled image to a screen reader: ours is a sentence
     c["gallery"] = gr.Gallery(
         [str(path) for path in session.pictures.newest()],

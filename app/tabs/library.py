@@ -15,14 +15,14 @@ QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 def create(session: Session) -> dict[str, Any]:
     c: dict[str, Any] = {}
-    with gr.Row(equal_height=True):
+    with gr.Row():
         c["search"] = gr.Textbox(
             label="Search",
             elem_id="library-search",
             placeholder="Part of a name, a model or a trigger word",
             scale=4,
         )
-        c["refresh"] = gr.Button("Look again", elem_id="library-refresh", scale=1, min_width=120)
+        c["refresh"] = gr.Button("Look again", elem_id="library-refresh", size="md", scale=1, min_width=100)
     c["count"] = gr.Markdown(elem_id="library-count")
     c["chosen"] = gr.CheckboxGroup([], label="LoRAs", elem_id="library-list")
     c["wear"] = gr.Button("Wear the chosen ones", variant="primary", elem_id="library-wear")

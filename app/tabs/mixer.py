@@ -21,7 +21,7 @@ EMPTY = (
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
-def create(session: Session, timer: gr.Timer) -> dict[str, Any]:
+def create(session: Session, timer: gr.Timer, prompt: gr.Textbox) -> dict[str, Any]:
     c: dict[str, Any] = {}
     gr.Markdown("### LoRAs", elem_id="mixer-title")
     seen = gr.State(-1)
@@ -29,9 +29,9 @@ def create(session: Session, timer: gr.Timer) -> dict[str, Any]:
     @gr.render(inputs=seen, show_progress="hidden")
     def rows(_: int) -> None:
         if not session.rows:
-            gr.HTML(EMPTY, key="empty")
+            gr.HTML(EMPTY, key="empty", padding=False)
         for row in list(session.rows.values()):
-            _row(session, row)
+            _row(session, row, prompt)
 
     with gr.Row():
         c["fuse"] = gr.Button("Fuse", elem_id="fuse", size="sm", min_width=80)
@@ -50,13 +50,20 @@ def create(session: Session, timer: gr.Timer) -> dict[str, Any]:
     return c
 
 
-def _row(session: Session, row: Row) -> None:
+def _row(session: Session, row: Row, prompt: gr.Textbox) -> None:
     name = row.name
     fresh: dict[str, Any] = {"preserved_by_key": [], "interactive": True}
     with gr.Group(key=f"group-{name}", elem_classes="lora"):
-        with gr.Row(key=f"row-{name}", equal_height=True):
+        with gr.Row(key=f"row-{name}", equal_height=False):
             on = gr.Checkbox(
-                row.on, label=name, container=True, scale=2, min_width=140, key=f"on-{name}", **fresh
+                row.on,
+                label=name,
+                container=True,
+                scale=3,
+                min_width=150,
+                key=f"on-{name}",
+                elem_classes="lora-name",
+                **fresh,
             )
             weight = gr.Slider(
                 -1,
@@ -65,21 +72,23 @@ def _row(session: Session, row: Row) -> None:
                 step=0.05,
                 label=f"Weight of {name}",
                 scale=5,
-                min_width=200,
+                min_width=160,
                 key=f"weight-{name}",
+                elem_classes="lora-weight",
                 **fresh,
             )
-            remove = gr.Button(f"Remove {name}", size="sm", scale=1, min_width=90, key=f"remove-{name}")
+            remove = gr.Button(f"Remove {name}", size="sm", key=f"remove-{name}", elem_classes="cross")
         if row.aside:
             gr.Markdown(f"Set aside: {_plain(row.aside)}", key=f"aside-{name}", preserved_by_key=[])
-        with gr.Accordion(f"Text encoder of {name}", open=row.text is not None, key=f"more-{name}"):
+        with gr.Accordion(f"Words of {name}", open=row.text is not None, key=f"more-{name}"):
+            _triggers(session, row, prompt)
             text = gr.Slider(
                 -1,
                 2,
                 row.weight if row.text is None else row.text,
                 step=0.05,
                 label=f"Text weight of {name}",
-                info=f"Its own weight for the words; {_plain(row.facts)}",
+                info=f"Its own weight in the text encoder; {_plain(row.facts)}",
                 key=f"text-{name}",
                 **fresh,
             )
@@ -98,6 +107,26 @@ def _row(session: Session, row: Row) -> None:
     )
     follow.click(partial(session.set_row, name, text=None), None, None, key=f"follow-click-{name}", **live)
     remove.click(lambda: _void(session.remove(name)), None, None, key=f"remove-click-{name}", **QUIET)
+
+
+def _triggers(session: Session, row: Row, prompt: gr.Textbox) -> None:
+    """The words that call the LoRA up; pressed, they go into the prompt."""
+    if not row.triggers:
+        return
+    with gr.Row(key=f"triggers-{row.name}", elem_classes="triggers"):
+        for word in row.triggers:
+            key = f"{row.name}-{word}"
+            button = gr.Button(f"Add “{word}”", size="sm", key=f"trigger-{key}", min_width=80)
+            button.click(
+                partial(_with_word, session, word), prompt, prompt, key=f"trigger-click-{key}", **QUIET
+            )
+
+
+def _with_word(session: Session, word: str, prompt: str) -> str:
+    if word.casefold() not in prompt.casefold():
+        prompt = f"{prompt.rstrip(' ,')}, {word}" if prompt.strip() else word
+        session.remember(prompt=prompt)
+    return prompt
 
 
 def _plain(text: str) -> str:

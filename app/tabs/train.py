@@ -23,6 +23,9 @@ from trainers import presets
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
+NEWEST = "the newest"
+
+
 def create(session: Session, draft: Draft, timer: gr.Timer) -> dict[str, Any]:
     c: dict[str, Any] = {}
     with gr.Row(equal_height=False):
@@ -76,7 +79,7 @@ def _about(preset: str) -> str:
 
 
 def _running(c: dict[str, Any]) -> None:
-    c["card"] = gr.HTML(elem_id="train-card")
+    c["card"] = gr.HTML(elem_id="train-card", padding=False)
     with gr.Column(visible=False) as c["during"]:  # nothing to press before there is a training
         _orders(c)
 
@@ -91,12 +94,15 @@ def _orders(c: dict[str, Any]) -> None:
         c["use"] = gr.Button(
             "Use it", elem_id="train-use", variant="primary", size="sm", interactive=False, min_width=90
         )
+    c["step"] = gr.Dropdown(
+        [NEWEST], value=NEWEST, label="What “Use it” takes", elem_id="train-step", visible=False
+    )
     c["plot"] = gr.LinePlot(
         x="step",
         y="loss",
         color="curve",
         label="Loss",
-        height=240,
+        height=280,  # less cuts the legend off
         elem_id="train-plot",
         visible=False,
         tooltip="none",
@@ -165,10 +171,23 @@ def _listen(session: Session, draft: Draft, timer: gr.Timer, c: dict[str, Any]) 
         queue=False,
         **QUIET,
     )
-    c["use"].click(lambda: _said(session.use_trained), None, None, **QUIET)
+    c["use"].click(lambda chosen: _said(lambda: session.use_trained(_step(chosen))), c["step"], None, **QUIET)
 
     seen = gr.State(None)
-    names = ("card", "during", "pause", "save", "end", "use", "sample", "start", "plot", "previews", "sheet")
+    names = (
+        "card",
+        "during",
+        "pause",
+        "save",
+        "end",
+        "use",
+        "step",
+        "sample",
+        "start",
+        "plot",
+        "previews",
+        "sheet",
+    )
     timer.tick(partial(_look, session), seen, [seen, *(c[n] for n in names)], **QUIET)
 
 
@@ -176,7 +195,7 @@ def _look(session: Session, seen: Any) -> list[Any]:
     view = session.training.view()
     mark = _mark(view)
     if mark == seen:
-        return [gr.skip()] * 12
+        return [gr.skip()] * 13
     alive = view is not None and view.state in ("starting", "running", "paused")
     stepping = view is not None and view.state in ("running", "paused")
     paused = view is not None and view.state == "paused"
@@ -188,13 +207,24 @@ def _look(session: Session, seen: Any) -> list[Any]:
         gr.update(value="Go on" if paused else "Pause", interactive=stepping),
         gr.update(interactive=stepping),
         gr.update(interactive=stepping),
-        gr.update(interactive=view is not None and view.lora is not None and not alive),
+        gr.update(interactive=view is not None and view.lora is not None),
+        _steps(view),
         gr.update(interactive=stepping),
         gr.update(interactive=not alive),
         gr.update(value=curves(points), visible=bool(points)),
         gr.update(value=_previews(view), visible=bool(view and view.previews)),
         gr.update(value=str(view.sheet) if view and view.sheet else None, visible=bool(view and view.sheet)),
     ]
+
+
+def _steps(view: TrainView | None) -> Any:
+    """The steps whose LoRA is on disk; one that the user has chosen stays chosen."""
+    choices = [NEWEST, *(f"step {step}" for step, _ in reversed(view.saved))] if view else [NEWEST]
+    return gr.update(choices=choices, visible=len(choices) > 2)
+
+
+def _step(chosen: str) -> int | None:
+    return None if chosen == NEWEST else int(chosen.removeprefix("step "))
 
 
 def _previews(view: TrainView | None) -> list[tuple[str, str]]:
@@ -210,6 +240,7 @@ def _mark(view: TrainView | None) -> Any:
         str(view.run),
         view.step // 10,
         len(view.previews),
+        len(view.saved),
         len(view.notes),
         str(view.lora),
         str(view.sheet),
