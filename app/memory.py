@@ -43,7 +43,7 @@ class Row:
 class Form:
     """The fields of the Generate tab."""
 
-    prompt: str = "a fox on a blue background"
+    prompt: str = "a cat on a blue background"
     negative_prompt: str = ""
     seed: int = 0
     steps: int = 25

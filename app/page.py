@@ -25,7 +25,7 @@ def create_ui(session: Session, draft: Draft) -> Page:
     """For `app.host` to serve. A tab is a function of the session."""
     with gr.Blocks(title="LoRA Loom", fill_width=True, analytics_enabled=False) as page:
         timer = gr.Timer(LOOK_S)
-        gr.HTML(VEIL, padding=False)
+        gr.HTML(VEIL, elem_id="veil-holder")
         gr.Markdown("# LoRA Loom", elem_id="title")
         status = gr.HTML(status_html(session), elem_id="status", padding=False)
         drop = gr.UploadButton(
