@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
+
+import psutil
+import torch
 
 from app.jobs import JobView
 from app.session import Session
 from app.training import TrainView
+
+TIGHT_DISK_BYTES = 5e9  # a full-size checkpoint or a night's training states fill that
 
 
 def status_html(session: Session) -> str:
@@ -26,7 +33,7 @@ def status_html(session: Session) -> str:
         broken = "" if session.seal.startswith("base verified") else " broken"
         short = escape(session.seal.split(" tensors equal")[0])
         parts.append(f'<span class="seal{broken}" title="{escape(session.seal)}, bit for bit">{short}</span>')
-    parts += [job_html(job), training_html(session.training.view())]
+    parts += [job_html(job), training_html(session.training.view()), room_html(session.pictures.folder)]
     return f'<div class="status" role="status">{"".join(filter(None, parts))}</div>'
 
 
@@ -50,8 +57,24 @@ def training_html(view: TrainView | None) -> str:
     return f"<span>Training {escape(view.name)}: {view.state}, step {view.step} of {view.steps}{left}</span>"
 
 
+def room_html(folder: Path) -> str:
+    """What is free, in whole GB so that the line changes seldom: of the card where there is one, and of the disk."""
+    if torch.cuda.is_available():
+        memory, where = torch.cuda.mem_get_info()[0], "GPU memory"
+    else:
+        memory, where = psutil.virtual_memory().available, "memory"
+    disk = shutil.disk_usage(folder).free
+    tight = ' class="tight"' if disk < TIGHT_DISK_BYTES else ""
+    return (
+        f'<span class="room">{memory / 1e9:.0f} GB {where} free · '
+        f"<span{tight}>{disk / 1e9:.0f} GB disk free</span></span>"
+    )
+
+
 def message_html(job: JobView) -> str:
-    """How the last job ended."""
+    """How the last job ended; while one is at work, what it does."""
+    if job.busy:
+        return f'<div class="message">{escape(job.title)} …</div>'
     return (
         f'<div class="message {escape(job.state)}" role="status">{escape(job.message)}</div>'
         if job.message

@@ -89,7 +89,7 @@ def _thumbnail(draft: Draft, entry: Entry) -> None:
             min_width=120,
         )
         out = gr.Button(f"Take out {name}", size="sm", key=f"out-{name}", elem_classes="cross")
-    caption.input(
+    caption.change(  # Textbox.input hears keys alone, not what is dropped or filled in
         partial(draft.caption, name),
         caption,
         None,

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from html import escape
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import gradio as gr
 
+from app.jobs import JobView
 from app.memory import Form
 from app.session import Session
 from app.status import message_html
@@ -79,14 +83,14 @@ FORM = ("prompt", "negative_prompt", "seed", "steps", "guidance", "width", "heig
 
 
 def _results(session: Session, c: dict[str, Any]) -> None:
-    c["preview"] = gr.HTML(elem_id="preview", elem_classes="preview", padding=False)
     c["message"] = gr.HTML(elem_id="message", padding=False)
+    c["preview"] = gr.HTML(elem_id="preview", padding=False)
     # Gradio's own picture of an empty gallery is an unlabelled image to a screen reader: ours is a sentence
     c["gallery"] = gr.Gallery(
         [str(path) for path in session.pictures.newest()],
         visible=bool(session.pictures.newest()),
         label="Pictures",
-        columns=3,
+        columns=4,
         object_fit="contain",
         elem_id="gallery",
         interactive=False,
@@ -106,7 +110,9 @@ def _listen(session: Session, timer: gr.Timer, c: dict[str, Any]) -> None:
     for name, field in zip(FORM, fields, strict=True):
         # each its own value: a late event of one field must not bring back what another had before
         remember = partial(_remember, session, name)
-        field.input(remember, field, None, queue=False, trigger_mode="always_last", **quiet)
+        # Gradio's Textbox.input hears keys alone: what is pasted by an input method, dropped or filled in is a change
+        heard = field.change if isinstance(field, gr.Textbox) else field.input
+        heard(remember, field, None, queue=False, trigger_mode="always_last", **quiet)
 
     def generate(*values: Any) -> None:
         named = _form_values(values)
@@ -131,8 +137,8 @@ def _listen(session: Session, timer: gr.Timer, c: dict[str, Any]) -> None:
         names = samplers_of(own) if own is not None else list(SAMPLERS)
         return [
             current,
-            _preview_html(job.preview, job.step, job.steps),
-            message_html(job) + ("" if pictures or job.busy else NO_PICTURES),
+            _stage_html(job, session.pictures.newest()[:1]),
+            message_html(job),
             gr.skip() if job.busy else gr.update(value=pictures, visible=bool(pictures)),
             gr.update(choices=session.library.bases(), value=session.wanted.base),
             gr.update(choices=[(OWN, ""), *((s, s) for s in names)]),
@@ -200,8 +206,14 @@ def _typed(named: dict[str, Any]) -> dict[str, Any]:
     return {n: int(v) if n in whole else v for n, v in named.items() if v is not None}
 
 
-def _preview_html(uri: str, step: int, steps: int) -> str:
-    return f'<img alt="preview, step {step} of {steps}" src="{uri}">' if uri else ""
+def _stage_html(job: JobView, newest: list[Path]) -> str:
+    """One place, of one height: the picture in the making, else the newest one. Nothing below it ever jumps."""
+    if job.preview:
+        return f'<img alt="preview, step {job.step} of {job.steps}" src="{job.preview}">'
+    if newest:
+        address = f"gradio_api/file={quote(str(newest[0]))}"
+        return f'<img alt="the newest picture" src="{escape(address)}">'
+    return NO_PICTURES
 
 
 def _void(_: object) -> None:

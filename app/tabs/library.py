@@ -39,7 +39,7 @@ def create(session: Session) -> dict[str, Any]:
         return gr.update(choices=[(line(f), f.name) for f in files[:SHOWN]], value=[]), said
 
     outputs = [c["chosen"], c["count"]]
-    c["search"].input(look, c["search"], outputs, trigger_mode="always_last", **QUIET)
+    c["search"].change(look, c["search"], outputs, trigger_mode="always_last", **QUIET)
     c["refresh"].click(look, c["search"], outputs, **QUIET)
     c["look"], c["outputs"] = look, outputs
     c["wear"].click(lambda names: session.wear(names) and None, c["chosen"], None, **QUIET)

@@ -141,7 +141,7 @@ def _listen(session: Session, draft: Draft, timer: gr.Timer, c: dict[str, Any]) 
         return subject_prompt(token, noun, session.wanted.base)
 
     for field in (c["token"], c["noun"]):
-        field.input(
+        field.change(  # Textbox.input hears keys alone, not what is dropped or filled in
             words, [c["token"], c["noun"]], c["prompt"], trigger_mode="always_last", queue=False, **QUIET
         )
 

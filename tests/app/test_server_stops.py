@@ -43,6 +43,7 @@ def launched(home: Path, port: int = 7860) -> Iterator[tuple[subprocess.Popen[st
         if process.poll() is None:
             process.kill()
             process.wait()
+        process.stdout.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
