@@ -14,11 +14,10 @@ from app.draft import Draft
 from app.host import Page
 from app.session import Session
 from app.status import status_html
-from app.tabs import generate, library, train
+from app.tabs import AT_ONCE, generate, library, train
 from app.theme import CSS, HEAD, THEME, VEIL
 
 LOOK_S = 0.5  # how often the page asks what is new; answered with nothing when nothing is
-QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 def create_ui(session: Session, draft: Draft) -> Page:
@@ -38,18 +37,18 @@ def create_ui(session: Session, draft: Draft) -> Page:
                 train.create(session, draft, timer)
             with gr.Tab("Library", id="library-tab") as shelf:
                 found = library.create(session)
-        shelf.select(found["look"], found["search"], found["outputs"], **QUIET)
+        shelf.select(found["look"], found["search"], found["outputs"], **AT_ONCE)
 
         def dropped(files: list[str] | None) -> None:
             session.drop([(Path(f), Path(f).name) for f in files or []])
 
-        drop.upload(dropped, drop, None, **QUIET)
+        drop.upload(dropped, drop, None, **AT_ONCE)
         said = gr.State("")
 
         def look(before: str) -> Any:
             now = status_html(session)
             return (gr.skip(), gr.skip()) if now == before else (now, now)
 
-        timer.tick(look, said, [status, said], queue=False, **QUIET)
-        page.load(making["restore"], None, making["fields"], **QUIET)
+        timer.tick(look, said, [status, said], **AT_ONCE)
+        page.load(making["restore"], None, making["fields"], **AT_ONCE)
     return Page(page, THEME, CSS, HEAD)

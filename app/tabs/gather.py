@@ -12,10 +12,10 @@ import gradio as gr
 from app.draft import Draft, Entry
 from app.pictures import data_uri
 from app.status import escape_lines
+from app.tabs import AT_ONCE, watched
 from trainers import presets
 from trainers.images import EXTENSIONS, open_image
 
-QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 CAPTIONS_SHOWN = 40
 
 
@@ -37,9 +37,9 @@ def create(draft: Draft, timer: gr.Timer) -> dict[str, Any]:
         )
         c["clear"] = gr.Button("Take all out", elem_id="train-clear", size="md", scale=1, min_width=100)
     c["problems"] = gr.HTML(elem_id="train-problems", padding=False)
-    c["seen_draft"] = gr.State(-1)
+    seen = watched(lambda: draft.revision, timer)
 
-    @gr.render(inputs=c["seen_draft"], show_progress="hidden")
+    @gr.render(inputs=seen, show_progress="hidden")
     def thumbnails(_: int) -> None:
         entries = draft.entries()
         if not entries:
@@ -58,15 +58,9 @@ def create(draft: Draft, timer: gr.Timer) -> dict[str, Any]:
         fox = presets.PRESETS / "demo" / "subjects" / "fox" / "train"
         return escape_lines(draft.add([(p, p.name) for p in sorted(fox.iterdir())]))
 
-    c["upload"].upload(add, c["upload"], c["problems"], **QUIET)
-    c["example"].click(example, None, c["problems"], **QUIET)
-    c["clear"].click(draft.clear, None, None, **QUIET)
-    timer.tick(
-        lambda seen: gr.skip() if seen == draft.revision else draft.revision,
-        c["seen_draft"],
-        c["seen_draft"],
-        **QUIET,
-    )
+    c["upload"].upload(add, c["upload"], c["problems"], **AT_ONCE)
+    c["example"].click(example, None, c["problems"], **AT_ONCE)
+    c["clear"].click(draft.clear, None, None, **AT_ONCE)
     return c
 
 
@@ -93,12 +87,11 @@ def _thumbnail(draft: Draft, entry: Entry) -> None:
         partial(draft.caption, name),
         caption,
         None,
-        queue=False,
         trigger_mode="always_last",
         key=f"say-{name}",
-        **QUIET,
+        **AT_ONCE,
     )
-    out.click(partial(draft.remove, name), None, None, queue=False, key=f"remove-{name}", **QUIET)
+    out.click(partial(draft.remove, name), None, None, key=f"remove-{name}", **AT_ONCE)
 
 
 @lru_cache(maxsize=256)

@@ -14,7 +14,7 @@ from app.jobs import JobView
 from app.memory import Form
 from app.session import Session
 from app.status import message_html
-from app.tabs import mixer
+from app.tabs import AT_ONCE, mixer
 from lora_core.errors import ConfigError
 from lora_core.parameters import parse_parameters
 from lora_core.samplers import SAMPLERS, samplers_of
@@ -105,14 +105,13 @@ def _results(session: Session, c: dict[str, Any]) -> None:
 
 def _listen(session: Session, timer: gr.Timer, c: dict[str, Any]) -> None:
     fields = [c[name] for name in FORM]
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
     for name, field in zip(FORM, fields, strict=True):
         # each its own value: a late event of one field must not bring back what another had before
         remember = partial(_remember, session, name)
         # Gradio's Textbox.input hears keys alone: what is pasted by an input method, dropped or filled in is a change
         heard = field.change if isinstance(field, gr.Textbox) else field.input
-        heard(remember, field, None, queue=False, trigger_mode="always_last", **quiet)
+        heard(remember, field, None, trigger_mode="always_last", **AT_ONCE)
 
     def generate(*values: Any) -> None:
         named = _form_values(values)
@@ -122,9 +121,9 @@ def _listen(session: Session, timer: gr.Timer, c: dict[str, Any]) -> None:
             raise gr.Error(str(problem), print_exception=False) from None
         session.remember(**named)
 
-    gr.on([c["generate"].click, c["prompt"].submit], generate, fields, None, **quiet)
-    c["stop"].click(session.worker.stop, None, None, queue=False, **quiet)
-    c["base"].input(lambda source: _void(session.choose_base(source)), c["base"], None, **quiet)
+    gr.on([c["generate"].click, c["prompt"].submit], generate, fields, None, **AT_ONCE)
+    c["stop"].click(session.worker.stop, None, None, **AT_ONCE)
+    c["base"].input(lambda source: _void(session.choose_base(source)), c["base"], None, **AT_ONCE)
 
     seen = gr.State(-1)
 
@@ -145,7 +144,7 @@ def _listen(session: Session, timer: gr.Timer, c: dict[str, Any]) -> None:
         ]
 
     outputs = [seen, c["preview"], c["message"], c["gallery"], c["base"], c["sampler"]]
-    timer.tick(look, seen, outputs, **quiet)
+    timer.tick(look, seen, outputs, **AT_ONCE)
     built = session.wanted.form
 
     def restore() -> list[Any]:
@@ -162,14 +161,14 @@ def _listen(session: Session, timer: gr.Timer, c: dict[str, Any]) -> None:
         text = session.pictures.settings(int(event.index))
         return int(event.index), gr.update(value=text, visible=True), gr.update(visible=True)
 
-    c["gallery"].select(choose, None, [chosen, c["settings"], c["reuse"]], **quiet)
+    c["gallery"].select(choose, None, [chosen, c["settings"], c["reuse"]], **AT_ONCE)
 
     def reuse(index: int) -> Any:
         values = settings_of(session.pictures.settings(index))
         session.remember(**values)
         return [getattr(session.wanted.form, name) for name in FORM]
 
-    c["reuse"].click(reuse, chosen, fields, **quiet)
+    c["reuse"].click(reuse, chosen, fields, **AT_ONCE)
 
 
 def settings_of(text: str) -> dict[str, Any]:

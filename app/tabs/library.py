@@ -8,9 +8,9 @@ import gradio as gr
 
 from app.library import LoraFile
 from app.session import Session
+from app.tabs import AT_ONCE
 
 SHOWN = 100
-QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 def create(session: Session) -> dict[str, Any]:
@@ -39,10 +39,10 @@ def create(session: Session) -> dict[str, Any]:
         return gr.update(choices=[(line(f), f.name) for f in files[:SHOWN]], value=[]), said
 
     outputs = [c["chosen"], c["count"]]
-    c["search"].change(look, c["search"], outputs, trigger_mode="always_last", **QUIET)
-    c["refresh"].click(look, c["search"], outputs, **QUIET)
+    c["search"].change(look, c["search"], outputs, trigger_mode="always_last", **AT_ONCE)
+    c["refresh"].click(look, c["search"], outputs, **AT_ONCE)
     c["look"], c["outputs"] = look, outputs
-    c["wear"].click(lambda names: session.wear(names) and None, c["chosen"], None, **QUIET)
+    c["wear"].click(lambda names: session.wear(names) and None, c["chosen"], None, **AT_ONCE)
     return c
 
 

@@ -13,18 +13,18 @@ import gradio as gr
 
 from app.memory import Row
 from app.session import Session
+from app.tabs import AT_ONCE, watched
 
 EMPTY = (
     '<div class="empty">No LoRA is worn. Drop a <b>.safetensors</b> file anywhere on this page, choose one in the '
     "Library, or train your own.</div>"
 )
-QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 def create(session: Session, timer: gr.Timer, prompt: gr.Textbox) -> dict[str, Any]:
     c: dict[str, Any] = {}
     gr.Markdown("### LoRAs", elem_id="mixer-title")
-    seen = gr.State(-1)
+    seen = watched(lambda: session.mixer_revision, timer)
 
     @gr.render(inputs=seen, show_progress="hidden")
     def rows(_: int) -> None:
@@ -37,16 +37,9 @@ def create(session: Session, timer: gr.Timer, prompt: gr.Textbox) -> dict[str, A
         c["fuse"] = gr.Button("Fuse", elem_id="fuse", size="sm", min_width=80)
         c["unfuse"] = gr.Button("Unfuse", elem_id="unfuse", size="sm", min_width=80)
         c["unload"] = gr.Button("Take all off", elem_id="unload", size="sm", min_width=80)
-    c["fuse"].click(lambda: _void(session.fuse()), None, None, **QUIET)
-    c["unfuse"].click(lambda: _void(session.unfuse()), None, None, **QUIET)
-    c["unload"].click(lambda: _void(session.unload()), None, None, **QUIET)
-    # queued, though it costs nothing: an unqueued event changes the state without drawing the rows anew
-    timer.tick(
-        lambda revision: gr.skip() if revision == session.mixer_revision else session.mixer_revision,
-        seen,
-        seen,
-        **QUIET,
-    )
+    c["fuse"].click(lambda: _void(session.fuse()), None, None, **AT_ONCE)
+    c["unfuse"].click(lambda: _void(session.unfuse()), None, None, **AT_ONCE)
+    c["unload"].click(lambda: _void(session.unload()), None, None, **AT_ONCE)
     return c
 
 
@@ -93,7 +86,7 @@ def _row(session: Session, row: Row, prompt: gr.Textbox) -> None:
                 **fresh,
             )
             follow = gr.Button("Follow the main weight", size="sm", key=f"follow-{name}")
-    live: dict[str, Any] = {"queue": False, "trigger_mode": "always_last", **QUIET}
+    live: dict[str, Any] = {"trigger_mode": "always_last", **AT_ONCE}
     on.input(lambda value: session.set_row(name, on=bool(value)), on, None, key=f"on-input-{name}", **live)
     weight.input(
         lambda value: session.set_row(name, weight=float(value)),
@@ -106,7 +99,7 @@ def _row(session: Session, row: Row, prompt: gr.Textbox) -> None:
         lambda value: session.set_row(name, text=float(value)), text, None, key=f"text-input-{name}", **live
     )
     follow.click(partial(session.set_row, name, text=None), None, None, key=f"follow-click-{name}", **live)
-    remove.click(lambda: _void(session.remove(name)), None, None, key=f"remove-click-{name}", **QUIET)
+    remove.click(lambda: _void(session.remove(name)), None, None, key=f"remove-click-{name}", **AT_ONCE)
 
 
 def _triggers(session: Session, row: Row, prompt: gr.Textbox) -> None:
@@ -118,7 +111,7 @@ def _triggers(session: Session, row: Row, prompt: gr.Textbox) -> None:
             key = f"{row.name}-{word}"
             button = gr.Button(f"Add “{word}”", size="sm", key=f"trigger-{key}", min_width=80)
             button.click(
-                partial(_with_word, session, word), prompt, prompt, key=f"trigger-click-{key}", **QUIET
+                partial(_with_word, session, word), prompt, prompt, key=f"trigger-click-{key}", **AT_ONCE
             )
 
 

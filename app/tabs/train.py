@@ -15,13 +15,10 @@ from app.draft import Draft
 from app.plan import Plan, subject_prompt
 from app.session import Session
 from app.status import training_card
-from app.tabs import gather
+from app.tabs import AT_ONCE, gather
 from app.training import TrainView
 from lora_core.errors import LoraError
 from trainers import presets
-
-QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-
 
 NEWEST = "the newest"
 
@@ -142,14 +139,16 @@ def _listen(session: Session, draft: Draft, timer: gr.Timer, c: dict[str, Any]) 
 
     for field in (c["token"], c["noun"]):
         field.change(  # Textbox.input hears keys alone, not what is dropped or filled in
-            words, [c["token"], c["noun"]], c["prompt"], trigger_mode="always_last", queue=False, **QUIET
+            words, [c["token"], c["noun"]], c["prompt"], trigger_mode="always_last", **AT_ONCE
         )
 
     def of_preset(name: str) -> Any:
         config = presets.load(name, ['data.images="."'])
         return gr.update(info=_about(name)), config.train.steps, config.lora.rank, config.data.has_class
 
-    c["preset"].input(of_preset, c["preset"], [c["preset"], c["steps"], c["rank"], c["keep_class"]], **QUIET)
+    c["preset"].input(
+        of_preset, c["preset"], [c["preset"], c["steps"], c["rank"], c["keep_class"]], **AT_ONCE
+    )
 
     answers = [c[n] for n in ("preset", "name", "noun", "prompt", "steps", "rank", "keep_class")]
 
@@ -159,19 +158,20 @@ def _listen(session: Session, draft: Draft, timer: gr.Timer, c: dict[str, Any]) 
         plan = Plan(preset, name, noun, prompt, session.wanted.base, int(steps), int(rank), keep_class)
         _said(lambda: session.train(plan, draft))
 
-    c["start"].click(start, answers, None, **QUIET)
+    c["start"].click(start, answers, None, **AT_ONCE)
     orders = session.training
-    c["pause"].click(lambda: _said(lambda: pause_or_go_on(session)), None, None, queue=False, **QUIET)
-    c["save"].click(lambda: _said(lambda: orders.commands().save()), None, None, queue=False, **QUIET)
-    c["end"].click(lambda: _said(lambda: orders.commands().stop()), None, None, queue=False, **QUIET)
+    c["pause"].click(lambda: _said(lambda: pause_or_go_on(session)), None, None, **AT_ONCE)
+    c["save"].click(lambda: _said(lambda: orders.commands().save()), None, None, **AT_ONCE)
+    c["end"].click(lambda: _said(lambda: orders.commands().stop()), None, None, **AT_ONCE)
     c["sample"].click(
         lambda prompt: _said(lambda: orders.commands().sample(prompt)),
         c["sample_prompt"],
         None,
-        queue=False,
-        **QUIET,
+        **AT_ONCE,
     )
-    c["use"].click(lambda chosen: _said(lambda: session.use_trained(_step(chosen))), c["step"], None, **QUIET)
+    c["use"].click(
+        lambda chosen: _said(lambda: session.use_trained(_step(chosen))), c["step"], None, **AT_ONCE
+    )
 
     seen = gr.State(None)
     names = (
@@ -188,7 +188,7 @@ def _listen(session: Session, draft: Draft, timer: gr.Timer, c: dict[str, Any]) 
         "previews",
         "sheet",
     )
-    timer.tick(partial(_look, session), seen, [seen, *(c[n] for n in names)], **QUIET)
+    timer.tick(partial(_look, session), seen, [seen, *(c[n] for n in names)], **AT_ONCE)
 
 
 def _look(session: Session, seen: Any) -> list[Any]:
