@@ -8,6 +8,7 @@ Every program ships such a matrix per model family, found by hand. Here it is fi
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -19,18 +20,25 @@ SIDE, COUNT = 16, 6  # latents the fit looks at: 1,536 cells for 15 unknowns
 
 
 class LatentPreview:
-    """`image(latents)` -> the batch side by side, one pixel per latent cell."""
+    """`image(latents)` -> the batch as a nearly square grid, one pixel per latent cell."""
 
     def __init__(self, vae: Any) -> None:
         self.matrix, self.bias = fit(vae)
 
     @torch.no_grad()
     def image(self, latents: Tensor) -> Image.Image:
-        """latents (N, C, h, w), as the denoiser has them -> RGB of (N·w) x h."""
+        """latents (N, C, h, w), as the denoiser has them -> RGB; the last row's empty places are gray."""
         cells = latents.detach().float().cpu().movedim(1, -1)  # (N, h, w, C)
         rgb = ((cells @ self.matrix + self.bias).clamp(-1, 1) + 1) * 127.5
-        row = torch.cat(list(rgb), dim=1).round().to(torch.uint8)
-        return Image.fromarray(row.numpy())
+        number, high, wide = rgb.shape[:3]
+        columns = math.ceil(math.sqrt(number))
+        rows = math.ceil(number / columns)
+        grid = torch.full((rows * columns, high, wide, 3), 127.5)
+        grid[:number] = rgb
+        grid = (
+            grid.reshape(rows, columns, high, wide, 3).transpose(1, 2).reshape(rows * high, columns * wide, 3)
+        )
+        return Image.fromarray(grid.round().to(torch.uint8).numpy())
 
 
 @torch.no_grad()

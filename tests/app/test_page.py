@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -151,9 +152,10 @@ def lora_file(path: Path, family: str, seed: int) -> Path:
     return write_adapter(random_adapter(live, seed, name=path.stem), path, spelling="kohya")
 
 
-def demo_lora(path: Path, seed: int) -> Path:
+def demo_lora(path: Path, seed: int, **metadata: str) -> Path:
     live = LivePipeline.open("demo", device="cpu")
-    return write_adapter(random_adapter(live, seed, name=path.stem), path, spelling="kohya")
+    adapter = random_adapter(live, seed, name=path.stem)
+    return write_adapter(adapter, path, spelling="kohya", metadata=metadata)
 
 
 DROP = """async ([selector, files]) => {
@@ -165,6 +167,34 @@ DROP = """async ([selector, files]) => {
 }"""
 
 
+def drop(page: Page, files: list[Path]) -> None:
+    page.evaluate(DROP, ["body", [[f.name, base64.b64encode(f.read_bytes()).decode()] for f in files]])
+
+
+def test_what_is_dropped_on_train_goes_where_it_belongs_and_a_lora_brings_its_words(
+    chrome: Browser, app: tuple[Session, Host], seen: Seen, tmp_path: Path
+) -> None:
+    session, host = app
+    wait(lambda: session.pipe is not None, "the demo model")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "mine.png")
+    (tmp_path / "torn.png").write_bytes(b"\x89PNG and then nothing")
+    lora = demo_lora(tmp_path / "ink.safetensors", 1, **{"modelspec.trigger_phrase": "zxq animal"})
+    page = opened(chrome, host, seen)
+    page.get_by_role("tab", name="Train").click()
+    expect(page.locator("#train-upload")).to_be_visible()
+    drop(page, [tmp_path / "mine.png", lora, tmp_path / "torn.png"])
+    expect(page.locator(".thumb")).to_have_count(1, timeout=10_000)
+    expect(page.locator(".thumb")).to_contain_text("mine.png")
+    expect(page.locator("#train-problems")).to_contain_text("torn.png")
+    wait(lambda: set(session.rows) == {"ink"} and not session.worker.view.busy, "the LoRA in the mixer")
+
+    page.get_by_role("tab", name="Generate").click()
+    page.get_by_role("button", name="Words of ink").click()
+    page.get_by_role("button", name="Add “zxq animal”").click()
+    expect(page.locator("#prompt textarea")).to_have_value("a cat on a blue background, zxq animal")
+    wait(lambda: session.wanted.form.prompt.endswith(", zxq animal"), "the prompt to be kept")
+
+
 def test_three_dropped_and_one_of_them_bad(
     chrome: Browser, app: tuple[Session, Host], seen: Seen, tmp_path: Path
 ) -> None:
@@ -174,8 +204,7 @@ def test_three_dropped_and_one_of_them_bad(
     (tmp_path / "broken.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0 not a header")
     files.insert(1, tmp_path / "broken.safetensors")
     page = opened(chrome, host, seen)
-    coded = [[f.name, base64.b64encode(f.read_bytes()).decode()] for f in files]
-    page.evaluate(DROP, ["body", coded])
+    drop(page, files)
     wait(lambda: len(session.rows) == 2 and not session.worker.view.busy, "two LoRAs in the mixer")
     assert set(session.rows) == {"ink", "glow"}
     assert {f.name for f in session.library.loras()} == {"ink", "glow"}
@@ -213,6 +242,8 @@ def test_a_training_is_found_again_after_a_reload_and_by_another_server(
     page.locator("#train-steps input[type=number]").press("Enter")
     page.locator("#train-start").click()
     wait(lambda: (view := session.training.view()) and view.step > 5, "the first steps", 120)
+    page.locator("#save-now").click()
+    wait(lambda: session.training.view().saved, "what was saved", 30)
     page.locator("#train-pause").click()
     wait(lambda: (view := session.training.view()) and view.state == "paused", "the pause", 30)
 
@@ -244,7 +275,15 @@ def test_a_training_is_found_again_after_a_reload_and_by_another_server(
     view = session.training.view()
     assert view is not None
     assert view.resume
-    assert list((view.run / "checkpoints").glob("step-*.safetensors"))
+    saved = dict(view.saved)
+    assert len(saved) > 1
+    first = min(saved)
+    second.locator("#train-step input").click()
+    second.get_by_role("option", name=re.compile(rf"step {first}\b")).click()
+    second.locator("#train-use").click()
+    wait(lambda: session.rows and not session.worker.view.busy, "the LoRA of the first step saved", 60)
+    (row,) = session.rows.values()
+    assert Path(row.file).read_bytes() == saved[first].read_bytes()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -75,6 +75,19 @@ def test_latents_can_be_looked_at_while_they_are_denoised(shared: LivePipeline) 
     assert look.size == (2 * seen[-1].shape[-1], seen[-1].shape[-2])
 
 
+@pytest.mark.parametrize(("number", "columns", "rows"), [(1, 1, 1), (3, 2, 2), (6, 3, 2), (8, 3, 3)])
+def test_the_look_at_a_batch_is_a_grid_in_reading_order(
+    shared: LivePipeline, number: int, columns: int, rows: int
+) -> None:
+    latents = torch.randn(number, 4, 5, 7, generator=torch.Generator().manual_seed(3))
+    look = LatentPreview(shared.pipeline.vae)
+    grid = look.image(latents)
+    assert grid.size == (7 * columns, 5 * rows)
+    for i in range(number):
+        x, y = 7 * (i % columns), 5 * (i // columns)
+        assert grid.crop((x, y, x + 7, y + 5)).tobytes() == look.image(latents[i : i + 1]).tobytes()
+
+
 def test_the_look_at_a_latent_has_the_pictures_colours() -> None:
     """On the demo base, whose VAE is trained: the cheap look is near the decoded picture, and far from another's."""
     vae = LivePipeline.open("demo", device="cpu").pipeline.vae
