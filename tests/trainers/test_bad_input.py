@@ -208,6 +208,7 @@ def read(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason="the photographs are not part of the repository")
 @pytest.mark.parametrize("which", ["small", "demo"])
 def test_real_photographs_go_through_the_whole_trainer(tmp_path: Path, base: Path, which: str) -> None:
     """Five photographs: one turned by EXIF, one with its own caption; class pictures made by the base."""
