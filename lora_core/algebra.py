@@ -1,7 +1,8 @@
 """Every formula of the LoRA family once, as pure functions of tensors.
 
 Symbols: W (out, in) or (out, in, k, k) original weight; A (r, in[, k, k]) down; B (out, r[, 1, 1]) up;
-s = alpha/r; V = W + s B A; m the DoRA magnitude. LoRA arXiv 2106.09685, rsLoRA 2312.03732, DoRA 2402.09353.
+s = alpha/r; V = W + s B A; m the DoRA magnitude. LoRA arXiv 2106.09685, rsLoRA 2312.03732, DoRA 2402.09353,
+LoHa 2108.06098, LoKr 2309.14859.
 Results are fp32 whatever the inputs are in.
 """
 
@@ -35,6 +36,49 @@ def compose_tucker(down: Tensor, mid: Tensor) -> Tensor:
     """A (r, in, 1, 1) and core (r', r, k, k) -> one kernel (r', in, k, k): exact, so the rest of the house
     needs no third factor."""
     return torch.einsum("qrkl,ri->qikl", mid.float(), flat(down))
+
+
+def down_and_up(a: Tensor, b: Tensor, core: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """LyCORIS' a and b of a LoHa or LoKr -> fp32 down (r, in[, k, k]) and up (out, r), whose product is theirs.
+
+    Stored a (out, r), b (r, in[, k, k]). With a Tucker core (r, r, k, k) a is stored the other way round, (r, out),
+    and b is (r, in): the core composes into b exactly.
+    """
+    if core is None:
+        return b.float(), flat(a)
+    return compose_tucker(b, core), flat(a).T
+
+
+def hadamard(
+    w1_a: Tensor,
+    w1_b: Tensor,
+    w2_a: Tensor,
+    w2_b: Tensor,
+    t1: Tensor | None = None,
+    t2: Tensor | None = None,
+    *,
+    scale: float,
+) -> Tensor:
+    """LoHa: s (w1_a w1_b) * (w2_a w2_b), element by element -> (out, in[, k, k]). Shapes as in down_and_up."""
+    first, second = down_and_up(w1_a, w1_b, t1), down_and_up(w2_a, w2_b, t2)
+    return low_rank(*first, scale=scale) * low_rank(*second, scale=1.0)
+
+
+def khatri_rao(
+    first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Two (down, up) of ranks r1, r2 -> the (down, up) of rank r1 r2 whose product is s times the elementwise
+    product of theirs. Exact: sum_i a_i b_i times sum_j c_j d_j is the sum over all pairs (i, j)."""
+    (down1, up1), (down2, up2) = first, second
+    down = (down1.float()[:, None] * down2.float()[None]).flatten(0, 1)
+    up = (flat(up1)[:, :, None] * flat(up2)[:, None]).flatten(1)
+    return down, scale * up
+
+
+def kronecker(left: Tensor, right: Tensor, *, scale: float) -> Tensor:
+    """LoKr: s kron(left (out1, in1), right (out2, in2[, k, k])) -> (out1 out2, in1 in2[, k, k])."""
+    spread = left.float().reshape(*left.shape, *[1] * (right.dim() - 2))
+    return scale * torch.kron(spread, right.float().contiguous())
 
 
 def row_norms_squared(weight: Tensor) -> Tensor:

@@ -95,14 +95,22 @@ class GenerationRequest:
         )  # a request never changes afterwards
 
 
+Steps = tuple[tuple[int, dict[str, float | dict[str, Any]]], ...]
+
+
 @dataclass(frozen=True)
 class GeneratedImage:
-    """A picture, and the text from which it can be made again."""
+    """A picture, and the text from which it can be made again.
+
+    weights   of the LoRAs at the last step
+    history   (step, weights) for each step, counted from 1, at which they were other than before
+    """
 
     image: Image.Image
     seed: int
     parameters: str
     weights: dict[str, float | dict[str, Any]] = field(default_factory=dict)
+    history: Steps = ()
 
 
 def save_png(image: GeneratedImage, path: Path | str) -> None:

@@ -12,10 +12,12 @@ give exactly what was meant, `Exact: "<JSON>"` follows.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
+
+from lora_core.errors import ConfigError
+from lora_core.prompt_tags import TAG, read_tag
 
 if TYPE_CHECKING:
     from lora_core.generation import GenerationRequest
@@ -25,7 +27,7 @@ Weights = Mapping[str, float | Mapping[str, Any]]  # LoRA name -> weight, or wei
 _EXACT = ("prompt", "negative_prompt", "loras", "lora_hashes")
 # Both take time in proportion to the text, whatever stands in it: names are short, no part is tried twice.
 _FIELD = re.compile(r' {0,4}(\w[\w \-/]{0,40}): {0,4}("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
-_TAG = re.compile(r" ?<lora:([^:<>\n]+):([^:<>\s]+)(?::([^:<>\s]+))?>")
+_TAG = re.compile(f" ?{TAG.pattern}", TAG.flags)
 
 
 class Parameters(TypedDict):
@@ -92,10 +94,13 @@ def parse_parameters(text: str) -> Parameters:
     loras: dict[str, Any] = {}
 
     def take(tag: re.Match[str]) -> str:
-        weight = _tag_weight(tag[2], tag[3])
-        if weight is None or tag[1] in loras:
+        try:
+            name, weight = read_tag(tag)
+        except ConfigError:  # no tag of ours: it stays in the prompt
             return tag[0]
-        loras[tag[1]] = weight
+        if name in loras:
+            return tag[0]
+        loras[name] = weight
         return ""
 
     prompt = _TAG.sub(take, body[1:])
@@ -174,16 +179,6 @@ def _tag(name: str, weight: float | Mapping[str, Any]) -> str:
         return f"<lora:{name}:{_plain(weight)}>"
     unet, text = float(weight.get("unet", 1)), float(weight.get("text_encoder", 1))
     return f"<lora:{name}:{_plain(text)}:{_plain(unet)}>"
-
-
-def _tag_weight(first: str, second: str | None) -> float | dict[str, float] | None:
-    try:
-        numbers = [float(first)] if second is None else [float(first), float(second)]
-    except ValueError:
-        return None
-    if not all(map(math.isfinite, numbers)):
-        return None
-    return numbers[0] if second is None else {"unet": numbers[1], "text_encoder": numbers[0]}
 
 
 def _plain(number: float) -> str:

@@ -2,116 +2,167 @@
 
     y = base(x) + ((x A_catᵀ) * w) B_catᵀ              three kernels for any number of LoRAs
 
-A_cat (R, in) and B_cat (out, R) hold the factors of every loaded LoRA, s = alpha/rank folded into B; w (images, R)
-repeats each LoRA's user weight over its rank slots. Every layer's w is a view of ONE contiguous buffer, so a
-slider is one small copy and never touches a module. DoRAs (output axis) interpolate: W + w (m V/|V| - W), so
+A_cat (R, in) and B_cat (out, R) hold the factors of every loaded LoRA, s = alpha/rank folded into B; w (rows, R)
+repeats each LoRA's user weight over its rank slots. Every layer's w is a view of ONE contiguous buffer per device, so
+a slider is one small copy and never touches a module. Kinds that are more than factors add terms (see worn.py), one
+slot of w each.
 
-    y += sum_i w_i (g_i - 1) * (base(x) - bias)        with g_i = m_i/|V_i| folded into their rows of B
-
-What has no such form (an input-axis DoRA) runs as its dense ΔW through the same layer, weighted alike.
-Images of one batch may differ: with classifier-free guidance a batch is [unconditional..., conditional...], so
-row i of w serves every batch row congruent to i.
+Images of one batch may differ: row i of w serves every batch row congruent to i; with classifier-free guidance, where
+a batch is [unconditional..., conditional...], there are as many rows as the batch has.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from lora_core import algebra
-from lora_core.adapter import Adapter, weight_of
-from lora_core.deltas.low_rank import LowRank
-from lora_core.deltas.magnitude import WithMagnitude
-from lora_core.mix import Mix
+from lora_core.adapter import COMPONENTS, Adapter
+from lora_core.mix import AdapterWeight, Mix
+from lora_core.worn import Place, Worn, wear, weight_shape
+
+BUCKETS = (0, 16, 32, 64, 128, 256)  # then multiples of 128: a compiled model sees few shapes
 
 
-@dataclass
-class Worn:
-    """One LoRA's share of one layer: factors, and/or an output gain, or a dense ΔW."""
-
-    name: str
-    down: Tensor  # (r, in[, k, k])
-    up: Tensor  # (out, r), scale and gain folded in
-    gain: Tensor | None = None  # (out,) g - 1
-    dense: Tensor | None = None  # ΔW, then down and up are empty
+def bucket(rank: int) -> int:
+    """The smallest bucket that holds `rank` slots."""
+    return next((b for b in BUCKETS if b >= rank), -(-rank // 128) * 128)
 
 
-@dataclass
 class LayerRack:
-    """Everything worn by one layer, stacked. Slots: one per rank, then one per gain, then one per dense part."""
+    """Everything worn by one layer, stacked in buffers of a bucket's size: a new LoRA is copied into its own slots."""
 
-    layer: nn.Module
-    path: str
-    worn: list[Worn] = field(default_factory=list)
-    handle: RemovableHandle | None = None
-    weights: Tensor | None = None  # (images, slots), a view of the rack's buffer
-    idle: bool = (
-        True  # every weight is 0: the hook returns at once, and the output is the base's, bit for bit
-    )
+    def __init__(self, layer: nn.Module, path: str) -> None:
+        self.layer, self.path, self.place = layer, path, Place.of(layer)
+        self.component = path.split(".", 1)[0]
+        self.conv = isinstance(layer, nn.Conv2d)
+        self.out, self.shape = weight_shape(layer)
+        self.worn: list[Worn] = []  # with empty factors: those lie in the buffers
+        self.ranks: list[int] = []
+        self.downs = self._empty(0, *self.shape)  # (capacity, in[, k, k])
+        self.ups = self._empty(0, self.out)  # (capacity, out): Bᵀ
+        self.handle: RemovableHandle | None = None
+        self.weights = torch.empty(0)  # (rows, slots), a view of the rack's buffer
+        self.idle = (
+            True  # every weight is 0: the hook returns at once, and the output is the base's, bit for bit
+        )
+        self.armed = (
+            False  # for a compiled model: the whole bucket is used, and nothing branches on what is worn
+        )
+        self._view()
 
-    def restack(self) -> None:
-        weight = weight_of(self.layer)
-        self.down = torch.cat([w.down for w in self.worn])  # (R, in[, k, k])
-        self.up = torch.cat([w.up for w in self.worn], dim=1)  # (out, R)
-        if weight.dim() == 4:
-            self.up = self.up[:, :, None, None]
-        self.ranks = [int(w.down.shape[0]) for w in self.worn]
-        gains = [w.gain for w in self.worn if w.gain is not None]
-        self.gains = torch.stack(gains) if gains else None  # (D, out)
-        self.dense = [w.dense for w in self.worn if w.dense is not None]
-        self.gain_owner = [w.name for w in self.worn if w.gain is not None]
-        self.dense_owner = [w.name for w in self.worn if w.dense is not None]
+    # --- what is worn ---
+
+    def reserve(self, rank: int) -> None:
+        """Room for `rank` slots; what is worn stays. The only thing here that can run out of memory."""
+        used, size = sum(self.ranks), bucket(rank)
+        if size == len(self.downs) or (self.armed and size < len(self.downs)):
+            return
+        downs, ups = self._empty(size, *self.shape), self._empty(size, self.out)
+        downs[:used], ups[:used] = self.downs[:used], self.ups[:used]
+        downs[used:], ups[used:] = 0, 0
+        self.downs, self.ups = downs, ups
+        self._view()
+
+    def put(self, worn: Worn) -> None:
+        start = sum(self.ranks)
+        self.downs[start : start + worn.rank].copy_(worn.down)
+        self.ups[start : start + worn.rank].copy_(worn.up.T)
+        extras = tuple(e.to(self.place.device, self.place.dtype) for e in worn.extras)
+        self.worn.append(Worn(worn.name, worn.down[:0], worn.up[:, :0], extras))
+        self.ranks.append(worn.rank)
+        self._view()
+
+    def drop(self, name: str) -> None:
+        """Those behind it move up; the buffer shrinks to its bucket."""
+        at = next((i for i, w in enumerate(self.worn) if w.name == name), None)
+        if at is None:
+            return
+        start, used, rank = sum(self.ranks[:at]), sum(self.ranks), self.ranks[at]
+        for buffer in (self.downs, self.ups):
+            buffer[start : used - rank] = buffer[start + rank : used].clone()
+            buffer[used - rank : used] = 0
+        del self.worn[at], self.ranks[at]
+        self.reserve(sum(self.ranks))
+        self._view()
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(*shape, device=self.place.device, dtype=self.place.dtype or torch.float32)
+
+    def _view(self) -> None:
+        """The used part of the buffers, as the kernels want it: made here, so that a call makes nothing."""
+        used = len(self.downs) if self.armed else sum(self.ranks)
+        self.rank = used
+        self.extras = [e for w in self.worn for e in w.extras]
+        self.up = self.ups[:used]  # (R, out)
+        if self.conv:
+            self.down = self.downs[:used]
+            self.up_conv = self.up.T[:, :, None, None].contiguous()
+        else:
+            self.down = self.downs[:used].T  # (in, R)
+
+    def move(self, device: torch.device, dtype: torch.dtype) -> None:
+        """The layer has been found to compute elsewhere (offloading) or in another dtype (casting, quantisation)."""
+        self.place = Place(device, dtype)
+        self.downs, self.ups = self.downs.to(device, dtype), self.ups.to(device, dtype)
+        self.worn = [
+            Worn(w.name, w.down, w.up, tuple(e.to(device, dtype) for e in w.extras)) for w in self.worn
+        ]
+        self._view()
+
+    @property
+    def entries(self) -> list[tuple[str, int]]:
+        """(LoRA, slots), in the order of the slots: the ranks of all, then the extras of all."""
+        ranks = [(w.name, r) for w, r in zip(self.worn, self.ranks, strict=True) if r]
+        return ranks + [(w.name, 1) for w in self.worn for _ in w.extras]
 
     @property
     def slots(self) -> int:
-        return sum(self.ranks) + len(self.gain_owner) + len(self.dense)
+        return self.rank + len(self.extras)
 
-    def slot_weights(self, mix: Mix) -> list[float]:
-        at = {w.name: mix[w.name].at(self.path) for w in self.worn}
-        by_rank = [at[w.name] for w, r in zip(self.worn, self.ranks, strict=True) for _ in range(r)]
-        return [*by_rank, *(at[n] for n in self.gain_owner), *(at[n] for n in self.dense_owner)]
+    # --- the call ---
 
     def forward(self, x: Tensor, base_out: Tensor) -> Tensor:
-        assert self.weights is not None
-        w = self.weights
-        if len(w) > 1:
-            w = w.repeat(x.shape[0] // len(w), 1)  # batch row i wears image i % images
-        rank, gains = sum(self.ranks), len(self.gain_owner)
-        conv, out = isinstance(self.layer, nn.Conv2d), base_out
-        if rank:
-            low = self._through(x, self.down)
-            low = low * _spread(w[:, :rank], low, conv)
-            out = out + (F.conv2d(low, self.up) if conv else F.linear(low, self.up))
-        if self.gains is not None:
-            bias = self.layer.bias
-            assert bias is None or isinstance(bias, Tensor)
-            plain = base_out if bias is None else base_out - _spread(bias[None], base_out, conv)  # W x
-            gain = w[:, rank : rank + gains].to(self.gains.dtype) @ self.gains  # (images or 1, out)
-            out = out + _spread(gain, base_out, conv) * plain
-        for i, dense in enumerate(self.dense):
-            out = out + _spread(w[:, rank + gains + i, None], base_out, conv) * self._through(x, dense)
-        return out
+        """Writes into `base_out`, which the layer has just made, and returns it."""
+        w = self._rows(x.shape[0])
+        if x.dtype is not self.downs.dtype:  # autocast: the layer's own dtype
+            x = x.to(self.downs.dtype)
+        added = None
+        for i, extra in enumerate(self.extras):
+            weight = w[:, self.rank + i].to(base_out.dtype)
+            term = extra.term(self.layer, x, base_out).to(base_out.dtype)
+            term = term * weight.reshape(-1, *[1] * (base_out.dim() - 1))
+            added = term if added is None else added + term
+        out = self._factors(x, base_out, w) if self.rank else base_out
+        return out if added is None else out.add_(added)
 
-    def _through(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x through the base layer's own geometry (stride, padding, dilation) with another weight, no bias."""
-        if isinstance(self.layer, nn.Conv2d):
-            convolved: Tensor = self.layer._conv_forward(x, weight, None)
-            return convolved
-        return F.linear(x, weight)
+    def _factors(self, x: Tensor, base_out: Tensor, w: Tensor) -> Tensor:
+        if self.conv:
+            low = self.layer._conv_forward(x, self.down, None)  # type: ignore[operator]  # its stride, padding, dilation
+            low.mul_(w[:, : self.rank, None, None])
+            return base_out.add_(F.conv2d(low, self.up_conv))
+        low = torch.mm(x.reshape(-1, x.shape[-1]), self.down)  # (N T, R)
+        if len(w) == 1:
+            low.mul_(w[:, : self.rank])  # fp32 times the layer's dtype, rounded once
+        else:
+            low.view(len(w), -1, self.rank).mul_(w[:, None, : self.rank])
+        if base_out.is_contiguous() and base_out.dtype is low.dtype:
+            base_out.view(-1, self.out).addmm_(low, self.up)
+            return base_out
+        return base_out.add_((low @ self.up).reshape(base_out.shape))
 
-
-def _spread(rows: Tensor, like: Tensor, conv: bool) -> Tensor:
-    """(images or 1, n) shaped to multiply `like`, (N, ..., n) or (N, n, h, w)."""
-    rows = rows.to(like.dtype)
-    if conv:
-        return rows[:, :, None, None]
-    return rows.reshape(rows.shape[0], *[1] * (like.dim() - 2), rows.shape[1])
+    def _rows(self, batch: int) -> Tensor:
+        """One row for all, or one for each of the batch."""
+        rows = len(self.weights)
+        if rows in (1, batch):
+            return self.weights
+        if rows > batch:  # a text encoder, which sees no unconditional half
+            return self.weights[rows - batch :]
+        return self.weights.repeat(batch // rows, 1)
 
 
 class Rack:
@@ -120,84 +171,183 @@ class Rack:
     def __init__(self) -> None:
         self.layers: dict[str, LayerRack] = {}
         self.enabled = True
-        self._buffer = torch.empty(0)
+        self._entries: list[tuple[str, LayerRack]] = []  # (LoRA, layer) in the order of the slots
+        self._groups: list[_Group] = []  # one per device
+        self._alive: list[bool] = []
+        self._shown: tuple[Sequence[Mix], float, bool] = ([{}], 0.0, False)
 
-    def load(
-        self, name: str, adapter: Adapter, layers: Mapping[str, nn.Module], originals: Mapping[str, Tensor]
-    ) -> None:
-        """Put `adapter` on `layers` (adapter path -> module). `originals` hold W0 of layers now fused."""
-        prepared = {}
-        for path, layer in layers.items():
-            worn = prepare(name, adapter.deltas[path], layer, originals.get(path, weight_of(layer)))
-            prepared[path] = worn  # all of them before any layer changes: an error leaves the rack as it was
-        for path, worn in prepared.items():
-            slot = self.layers.get(path)
-            if slot is None:
-                slot = self.layers[path] = LayerRack(layers[path], path)
-                slot.handle = layers[path].register_forward_hook(self._hook(slot))
-            slot.worn.append(worn)
-            slot.restack()
+    def load(self, name: str, adapter: Adapter, layers: Mapping[str, nn.Module]) -> None:
+        """Put `adapter` on `layers` (adapter path -> module), none of which is fused.
 
-    def delete(self, name: str) -> None:
+        Everything that can fail comes first: an error leaves the rack as it was.
+        """
+        ready = {p: wear(name, adapter.deltas[p], layer, p) for p, layer in layers.items()}
+        fresh = {p: LayerRack(layer, p) for p, layer in layers.items() if p not in self.layers}
+        for path, worn in ready.items():
+            slot = self.layers.get(path) or fresh[path]
+            slot.reserve(sum(slot.ranks) + worn.rank)
+        for path, worn in ready.items():
+            if path in fresh:
+                slot = self.layers[path] = fresh[path]
+                slot.handle = slot.layer.register_forward_hook(self._hook(slot))
+            self.layers[path].put(worn)
+        self._lay_out()
+
+    def delete(self, *names: str) -> None:
         for path, slot in list(self.layers.items()):
-            if all(w.name != name for w in slot.worn):
-                continue
-            slot.worn = [w for w in slot.worn if w.name != name]
-            if slot.worn:
-                slot.restack()
-            else:
+            if all(w.name in names for w in slot.worn) and not slot.armed:
                 if slot.handle is not None:
                     slot.handle.remove()
                 del self.layers[path]
+                continue
+            for name in names:
+                slot.drop(name)
+        self._lay_out()
 
-    def set_mixes(self, mixes: Sequence[Mix]) -> None:
-        """One Mix for all images of a batch, or one per image. One small copy per device and dtype."""
-        slots = list(self.layers.values())
-        rows = torch.tensor([[w for slot in slots for w in slot.slot_weights(mix)] for mix in mixes])
-        if slots:
-            device = weight_of(slots[0].layer).device
-            if self._buffer.shape == rows.shape and self._buffer.device == device:
-                self._buffer.copy_(rows)
-            else:
-                self._buffer = rows.to(device)
-        start = 0
-        for slot in slots:
-            slot.weights = self._buffer[:, start : start + slot.slots]
-            slot.idle = not bool(rows[:, start : start + slot.slots].any())
-            start += slot.slots
+    def rename(self, old: str, new: str) -> None:
+        for slot in self.layers.values():
+            slot.worn = [Worn(new, w.down, w.up, w.extras) if w.name == old else w for w in slot.worn]
+        self._lay_out()
+
+    def arm(self, layers: Mapping[str, nn.Module], rank: int) -> None:
+        """Hooks on all of `layers` and buffers for `rank` slots: before a model is compiled."""
+        for path, layer in layers.items():
+            slot = self.layers.get(path)
+            if slot is None:
+                slot = self.layers[path] = LayerRack(layer, path)
+                slot.handle = layer.register_forward_hook(self._hook(slot))
+            slot.armed = True
+            slot.reserve(max(rank, sum(slot.ranks), 1))
+            slot._view()
+        self._lay_out()
+
+    def disarm(self) -> None:
+        for path, slot in list(self.layers.items()):
+            slot.armed = False
+            slot.reserve(sum(slot.ranks))
+            slot._view()
+            if not slot.worn:
+                if slot.handle is not None:
+                    slot.handle.remove()
+                del self.layers[path]
+        self._lay_out()
+
+    # --- the weights ---
+
+    def set_mixes(self, mixes: Sequence[Mix], *, progress: float = 0.0, guided: bool = False) -> None:
+        """One Mix for all images of a batch, or one per image: one small copy per device.
+
+        `progress` 0..1 of the denoising, for curves; `guided`: the batch has an unconditional half in front.
+        """
+        self._shown = (mixes, progress, guided)
+        values = self._values(mixes, progress, guided)  # (rows, entries)
+        for group in self._groups:
+            group.write(values)
+        alive = (values != 0).any(0).tolist()
+        if alive != self._alive:
+            self._alive = alive
+            worn_by: dict[str, bool] = {}
+            for (_, slot), lives in zip(self._entries, alive, strict=True):
+                worn_by[slot.path] = worn_by.get(slot.path, False) or lives
+            for path, slot in self.layers.items():
+                slot.idle = not worn_by.get(path, False)
+
+    def _values(self, mixes: Sequence[Mix], progress: float, guided: bool) -> Tensor:
+        """(rows, entries): the weight of each LoRA in each layer, for each row of the batch."""
+        kept = [self._row(mix, progress) for mix in mixes]
+        if not guided or (len(mixes) == 1 and not any(w.half == "conditional" for w in mixes[0].values())):
+            return torch.stack(kept)
+        unguided = []
+        for mix, row in zip(mixes, kept, strict=True):
+            silent = [
+                mix[name].half == "conditional" and slot.component == "unet" for name, slot in self._entries
+            ]
+            unguided.append(torch.where(torch.tensor(silent, dtype=torch.bool), 0.0, row))
+        return torch.stack(unguided + kept)
+
+    def _row(self, mix: Mix, progress: float) -> Tensor:
+        """Component weights by one look-up for all entries; weights per block by path."""
+        table = [getattr(mix.get(n, _SILENT), c) for n in self._names for c in COMPONENTS]
+        row = torch.tensor(table, dtype=torch.float32)[self._code] if table else torch.empty(0)
+        special = {n for n, w in mix.items() if w.blocks or w.curve}
+        if special:
+            for i, (name, slot) in enumerate(self._entries):
+                if name in special:
+                    row[i] = mix[name].at(slot.path, progress=progress)
+        return row
+
+    def _lay_out(self) -> None:
+        """After any change of what is worn: which slot belongs to which LoRA, and one buffer per device."""
+        self._entries, self._groups, self._alive = [], [], []
+        counts: dict[torch.device, tuple[list[LayerRack], list[int], list[int]]] = {}
+        for slot in self.layers.values():
+            slots, owners, sizes = counts.setdefault(slot.place.device, ([], [], []))
+            slots.append(slot)
+            entries = slot.entries
+            spare = slot.slots - sum(n for _, n in entries)  # the zeroed rest of an armed bucket
+            ranks = len([r for r in slot.ranks if r])
+            if spare and not ranks:
+                owners.append(-1)
+                sizes.append(spare)
+            for i, (name, size) in enumerate(entries):
+                owners.append(len(self._entries))
+                sizes.append(size + (spare if i == ranks - 1 else 0))
+                self._entries.append((name, slot))
+        self._names = sorted({name for name, _ in self._entries})
+        at = {name: 3 * i for i, name in enumerate(self._names)}
+        self._code = torch.tensor(
+            [at[name] + COMPONENTS.index(slot.component) for name, slot in self._entries], dtype=torch.long
+        )
+        for device, (slots, owners, sizes) in counts.items():
+            self._groups.append(_Group(device, slots, owners, sizes))
+        self.set_mixes(*self._still_worn())
+
+    def _still_worn(self) -> tuple[Sequence[Mix]]:
+        """What was shown, without what has gone and with what has come at weight 0: the caller sets it next."""
+        return ([{n: mix.get(n, _SILENT) for n in self._names} for mix in self._shown[0]],)
+
+    def follow(self, slot: LayerRack, x: Tensor) -> None:
+        """Called from a hook whose input lies elsewhere: the whole component has moved, or shows its dtype now."""
+        shown = self._shown
+        for other in self.layers.values():
+            if other is slot or (other.component == slot.component and other.place == slot.place):
+                other.move(x.device, other.place.dtype or x.dtype)
+        self._lay_out()
+        self.set_mixes(shown[0], progress=shown[1], guided=shown[2])
 
     def _hook(self, slot: LayerRack) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
         def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            return slot.forward(inputs[0], output) if self.enabled and not slot.idle else None
+            if not self.enabled or (slot.idle and not slot.armed):
+                return None
+            x = inputs[0]
+            if slot.place.dtype is None or slot.place.device != x.device:
+                self.follow(slot, x)
+            return slot.forward(x, output)
 
         return add
 
 
-@torch.no_grad()
-def prepare(name: str, delta: object, layer: nn.Module, original: Tensor) -> Worn:
-    """A Delta -> factors ready to be stacked, in the layer's dtype and on its device."""
-    weight = weight_of(layer)
-    inner = delta.inner if isinstance(delta, WithMagnitude) else delta
-    if not isinstance(inner, LowRank):
-        raise TypeError(f"the rack cannot wear a {type(inner).__name__}")
-    down = inner.down.to(weight.device, torch.float32).reshape(inner.rank, *weight.shape[1:])
-    up = algebra.flat(inner.up.to(weight.device)) * inner.scale  # (out, r)
-    gain = None
-    if isinstance(delta, WithMagnitude):
-        magnitude = delta.magnitude.to(weight.device, torch.float32)
-        if algebra.magnitude_axis(magnitude, weight.shape) == 1:
-            whole = delta.to(device=weight.device).delta(original.to(weight.device))
-            return Worn(name, down[:0].to(weight), up[:, :0].to(weight), dense=whole.to(weight))
-        g = magnitude.reshape(-1) / algebra.row_norms(original.to(weight.device), down, up, scale=1.0)
-        up, gain = up * g[:, None], (g - 1).to(weight)
-    down, up = balance(down, up)
-    return Worn(name, down.to(weight), up.to(weight), gain)
+_SILENT = AdapterWeight.parse("silent", 0.0)
 
 
-def balance(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Move a power of two (exact) between A and B until their largest entries agree: x Aᵀ can overflow fp16."""
-    a, b = float(down.abs().max()), float(up.abs().max())
-    if a == 0 or b == 0:
-        return down, up
-    shift = round(math.log2(b / a) / 2)
-    return down * 2.0**shift, up * 2.0**-shift
+class _Group:
+    """The slots of one device, and the one buffer their weights are views of."""
+
+    def __init__(
+        self, device: torch.device, slots: list[LayerRack], owners: list[int], sizes: list[int]
+    ) -> None:
+        self.device, self.slots = device, slots
+        self.owner = torch.repeat_interleave(torch.tensor(owners), torch.tensor(sizes))  # slot -> entry
+        self.ends = [0, *accumulate(slot.slots for slot in slots)]
+        self.buffer = torch.empty(0)
+
+    def write(self, values: Tensor) -> None:
+        """values (rows, entries)."""
+        padded = F.pad(values, (0, 1))  # owner -1, the slots that nobody has: weight 0
+        rows = padded[:, self.owner]
+        if self.buffer.shape == rows.shape:
+            self.buffer.copy_(rows)
+            return
+        self.buffer = rows.to(self.device)
+        for slot, start, end in zip(self.slots, self.ends, self.ends[1:], strict=False):
+            slot.weights = self.buffer[:, start:end]

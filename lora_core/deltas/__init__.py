@@ -24,4 +24,23 @@ class Delta(Protocol):
         """The shape of the weight this belongs to, as far as the factors tell: (out, in) or (out, in, k, k)."""
         ...
 
+    def low_rank_form(self) -> tuple[Tensor, Tensor] | None:
+        """fp32 down (r, in[, k, k]) and up (out, r), the scale folded into `up`, with ΔW = up · down exactly.
+
+        None where there is no such form smaller than the dense ΔW, or where ΔW needs the original weight. `down` has
+        the dimensions that `shape` tells: reshape it to (r, *weight.shape[1:]).
+        """
+        ...
+
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Delta: ...
+
+
+@runtime_checkable
+class Factored(Delta, Protocol):
+    """A change made of factors that share a rank, with the scale alpha/rank."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def alpha(self) -> float: ...

@@ -8,29 +8,33 @@ import torch
 from torch import Tensor
 
 from lora_core import algebra
-from lora_core.deltas.low_rank import LowRank
+from lora_core.deltas import Delta, Factored
 
 
 @dataclass(frozen=True, eq=False)
 class WithMagnitude:
     """`magnitude` keeps the shape it was written with: its axis is read from it (see algebra.magnitude_axis)."""
 
-    inner: LowRank
+    inner: Delta
     magnitude: Tensor
 
     @property
     def rank(self) -> int:
-        return self.inner.rank
+        """Of what is inside. TypeError if that has no factors."""
+        return _factored(self.inner).rank
 
     @property
     def alpha(self) -> float:
-        return self.inner.alpha
+        return _factored(self.inner).alpha
 
     def shape(self) -> tuple[int, ...]:
         return self.inner.shape()
 
     def delta(self, original: Tensor) -> Tensor:
         return algebra.dora_delta(original, self.inner.delta(original), self.magnitude)
+
+    def low_rank_form(self) -> None:
+        """None: the norm of V takes the original weight. `inner` may have a form."""
 
     def tensors(self) -> dict[str, Tensor]:
         return {**self.inner.tensors(), "magnitude": self.magnitude}
@@ -39,3 +43,9 @@ class WithMagnitude:
         return replace(
             self, inner=self.inner.to(dtype=dtype, device=device), magnitude=self.magnitude.to(device, dtype)
         )
+
+
+def _factored(delta: Delta) -> Factored:
+    if not isinstance(delta, Factored):
+        raise TypeError(f"a {type(delta).__name__} has no rank")
+    return delta

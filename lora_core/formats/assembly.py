@@ -13,11 +13,12 @@ from torch import Tensor
 
 from lora_core import algebra
 from lora_core.adapter import Adapter
-from lora_core.deltas import Delta
+from lora_core.deltas import Delta, Factored
 from lora_core.deltas.low_rank import LowRank
 from lora_core.deltas.magnitude import WithMagnitude
 from lora_core.errors import ConfigError, FileRefused, NotFinite
 from lora_core.formats import foreign
+from lora_core.formats.kinds import Kind, Layer, kind_of_delta, kind_of_roles
 from lora_core.safe_files import Header, read_tensors
 from lora_core.safe_header import DTYPES
 
@@ -26,7 +27,11 @@ class Part(NamedTuple):
     """What one key of a file is: a factor of the layer at `path` (an adapter path)."""
 
     path: str
-    role: str  # "down", "up", "mid", "alpha" or "magnitude"
+    role: str  # a role of one of kinds.KINDS, or one of BESIDE
+
+
+# What may stand beside the factors of any kind, in kohya's spelling -> role.
+BESIDE = {"alpha": "alpha", "dora_scale": "magnitude"}
 
 
 @dataclass(frozen=True)
@@ -83,17 +88,31 @@ def assemble(
             unused.append(f"{key} (the same layer a second time)")
         else:
             layers[part.path][part.role] = key
+    kinds: dict[str, Kind] = {}
     for path, roles in list(layers.items()):
-        if not {"down", "up"} & set(roles):
+        kind = kind_of_roles(roles)
+        if kind is None:
             unused += [
                 f"{key} ({role} of a layer that has no LoRA)" for role, key in layers.pop(path).items()
             ]
+            continue
+        kinds[path] = kind
+        own = {*kind.roles.values(), *BESIDE.values()}
+        for role in [role for role in roles if role not in own]:
+            unused.append(f"{roles.pop(role)} (the layer is a {kind.name})")
     tensors = load(header, [key for roles in layers.values() for key in roles.values()])
+    name = header.path.name
     deltas = {
-        path: _delta(header, path, roles, tensors, alpha_of, magnitude_is_output)
+        path: _delta(
+            kinds[path], Layer(name, path, roles, _of(roles, tensors), alpha_of), magnitude_is_output
+        )
         for path, roles in layers.items()
     }
     return Reading(deltas, tuple(unused))
+
+
+def _of(roles: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {role: tensors[key] for role, key in roles.items()}
 
 
 def outlines(header: Header, names: Iterable[str]) -> dict[str, Tensor]:
@@ -109,91 +128,24 @@ def outlines(header: Header, names: Iterable[str]) -> dict[str, Tensor]:
     }
 
 
-def _delta(
-    header: Header,
-    path: str,
-    keys: Mapping[str, str],
-    tensors: dict[str, Tensor],
-    alpha_of: Callable[[str, int], float],
-    magnitude_is_output: bool,
-) -> Delta:
-    name = header.path.name
-    for role, other in (("down", "up"), ("up", "down")):
-        if role not in keys:
-            raise FileRefused(
-                f"{name} has {keys[other]} without its {role} factor: the file is incomplete. Download or "
-                "copy it again."
-            )
-    down, up = (_factor(tensors[keys[role]], keys[role], name) for role in ("down", "up"))
-    if down.dim() == 4 and up.dim() == 2:
-        up = up[:, :, None, None]
-    rank, expected = down.shape[0], (2, 2) if down.dim() == 2 else (4, 4)
-    if (down.dim(), up.dim()) != expected or up.shape[2:] not in ((), (1, 1)):
+def _delta(kind: Kind, layer: Layer, magnitude_is_output: bool) -> Delta:
+    inner = kind.read(layer)
+    if "magnitude" not in layer.keys:
+        return inner
+    magnitude, shape = layer.factor("magnitude"), inner.shape()
+    if magnitude_is_output and magnitude.numel() == shape[0]:
+        magnitude = output_column(magnitude, shape)
+    elif not _fits(magnitude, shape):
         raise FileRefused(
-            f"{name}, {keys['down']}: factors of shape {tuple(down.shape)} and {tuple(up.shape)} are no "
-            "LoRA of a linear layer or a convolution. The file is damaged or of a kind this version does "
-            "not know."
-        )
-    if up.shape[1] != rank:
-        raise FileRefused(
-            f"{name}, {keys['down']}: its rank is {rank}, that of {keys['up']} is {up.shape[1]}; they must "
-            "agree. The file is damaged: download or copy it again."
-        )
-    if "mid" in keys:
-        mid = _factor(tensors[keys["mid"]], keys["mid"], name)
-        # Stable Diffusion has no larger kernels, and a core of a thousand squared would unfold to terabytes
-        sides = ((1, 1), (3, 3))
-        if (
-            mid.dim() != 4
-            or mid.shape[:2] != (rank, rank)
-            or mid.shape[2:] not in sides
-            or down.shape[2:] != (1, 1)
-        ):
-            raise FileRefused(
-                f"{name}, {keys['mid']}: a core of shape {tuple(mid.shape)} was found where ({rank}, "
-                f"{rank}, k, k) was expected. The file is damaged: download or copy it again."
-            )
-        down, up = algebra.compose_tucker(down, mid), up.float()
-    low = LowRank(
-        down,
-        up,
-        _alpha(tensors[keys["alpha"]], keys["alpha"], name) if "alpha" in keys else alpha_of(path, rank),
-    )
-    if "magnitude" not in keys:
-        return low
-    magnitude = _factor(tensors[keys["magnitude"]], keys["magnitude"], name)
-    if magnitude_is_output and magnitude.numel() == up.shape[0]:
-        magnitude = output_column(magnitude, low)
-    elif not _fits(magnitude, low):
-        raise FileRefused(
-            f"{name}, {keys['magnitude']}: a magnitude of shape {tuple(magnitude.shape)} fits neither the "
-            f"{low.shape()[0]} outputs nor the {low.shape()[1]} inputs of its layer. Download or copy the "
+            f"{layer.file}, {layer.keys['magnitude']}: a magnitude of shape {tuple(magnitude.shape)} fits "
+            f"neither the {shape[0]} outputs nor the {shape[1]} inputs of its layer. Download or copy the "
             "file again."
         )
-    return WithMagnitude(low, magnitude)
+    return WithMagnitude(inner, magnitude)
 
 
-def _factor(tensor: Tensor, key: str, name: str) -> Tensor:
-    if not tensor.is_floating_point():
-        raise FileRefused(
-            f"{name}, {key}: numbers of type {str(tensor.dtype).removeprefix('torch.')} were found where "
-            "floating point was expected. Ask for an fp16, bf16 or fp32 version of it."
-        )
-    # fp8 has next to no arithmetic in torch; every fp8 value is an fp16 value
-    return tensor.half() if tensor.dtype.itemsize == 1 else tensor
-
-
-def _alpha(tensor: Tensor, key: str, name: str) -> float:
-    if tensor.numel() != 1:
-        raise FileRefused(
-            f"{name}, {key}: {tensor.numel()} values were found where alpha is one. Download it again."
-        )
-    return float(tensor)
-
-
-def _fits(magnitude: Tensor, low: LowRank) -> bool:
+def _fits(magnitude: Tensor, shape: tuple[int, ...]) -> bool:
     """A 1x1 convolution's factors may be stored as matrices, its magnitude with four dimensions."""
-    shape = low.shape()
     for dims in (2, 4):
         try:
             algebra.magnitude_axis(magnitude, torch.Size((*shape[:2], *[1] * (dims - 2))))
@@ -206,23 +158,36 @@ def _fits(magnitude: Tensor, low: LowRank) -> bool:
 # ---------------------------------------------------------------- writing
 
 
-def output_column(magnitude: Tensor, low: LowRank) -> Tensor:
-    """-> (out, 1) or (out, 1, 1, 1): the one shape that no reader can take for the other axis."""
-    return magnitude.reshape(-1, *[1] * (low.down.dim() - 1))
+def output_column(magnitude: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """-> (out, 1) or (out, 1, 1, 1): the one shape that no reader can take for the other axis. The magnitude's own
+    four dimensions stay where a 1x1 convolution's factors are matrices."""
+    return magnitude.reshape(-1, *[1] * (max(len(shape), magnitude.dim()) - 1))
 
 
-def factors(path: str, delta: Delta) -> tuple[LowRank, Tensor | None]:
-    """-> the low-rank part and the magnitude (along outputs: as a column). ConfigError for other kinds."""
-    if isinstance(delta, LowRank):
+def unwrapped(delta: Delta) -> tuple[Delta, Tensor | None]:
+    """-> what is inside a magnitude, and the magnitude: along outputs as a column, along inputs as it came."""
+    if not isinstance(delta, WithMagnitude):
         return delta, None
-    if isinstance(delta, WithMagnitude):
-        low, magnitude = delta.inner, delta.magnitude
-        axis = algebra.magnitude_axis(magnitude, torch.Size(_as_magnitude_has_it(low.shape(), magnitude)))
-        return low, output_column(magnitude, low) if axis == 0 else magnitude
-    raise ConfigError(
-        f"{path} is of the kind {type(delta).__name__}; this version writes LoRA and DoRA only. Resize or "
-        "bake it first."
-    )
+    magnitude, shape = delta.magnitude, delta.shape()
+    axis = algebra.magnitude_axis(magnitude, torch.Size(_as_magnitude_has_it(shape, magnitude)))
+    return delta.inner, output_column(magnitude, shape) if axis == 0 else magnitude
+
+
+def low_ranks(adapter: Adapter, spelling: str) -> dict[str, tuple[LowRank, Tensor | None]]:
+    """Path -> the low-rank part and the magnitude. ConfigError if a layer is of another kind, which PEFT's and
+    diffusers' spellings cannot say: before anything is written."""
+    found: dict[str, tuple[LowRank, Tensor | None]] = {}
+    for path, delta in adapter.deltas.items():
+        inner, magnitude = unwrapped(delta)
+        if not isinstance(inner, LowRank):
+            kind = kind_of_delta(inner)
+            raise ConfigError(
+                f"{path} is of the kind {type(inner).__name__ if kind is None else kind.name}; the {spelling} "
+                "spelling can say LoRA and DoRA only. Write it in the kohya spelling, or bake it to a plain "
+                "LoRA first."
+            )
+        found[path] = inner, magnitude
+    return found
 
 
 def column_or_refuse(path: str, magnitude: Tensor, spelling: str) -> Tensor:
@@ -274,5 +239,6 @@ def _as_magnitude_has_it(shape: tuple[int, ...], magnitude: Tensor) -> tuple[int
 
 def ranks_and_alphas(deltas: Mapping[str, Delta]) -> tuple[dict[str, int], dict[str, float]]:
     """Per path, for descriptions of an adapter."""
-    lows = {path: factors(path, delta)[0] for path, delta in deltas.items()}
-    return {p: low.rank for p, low in lows.items()}, {p: float(low.alpha) for p, low in lows.items()}
+    inner = {path: unwrapped(delta)[0] for path, delta in deltas.items()}
+    known = {path: delta for path, delta in inner.items() if isinstance(delta, Factored)}
+    return {p: d.rank for p, d in known.items()}, {p: float(d.alpha) for p, d in known.items()}

@@ -24,7 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from lora_core.adapter import Adapter
-from lora_core.formats.assembly import Load, Part, Reading, assemble, column_or_refuse, factors
+from lora_core.formats.assembly import Load, Part, Reading, assemble, column_or_refuse, low_ranks
 from lora_core.formats.keys import adapter_path
 from lora_core.formats.peft_config import Alphas, config_of, parse
 from lora_core.safe_files import Header, read_tensors, save_tensors
@@ -71,6 +71,7 @@ class Diffusers:
 
     def write(self, adapter: Adapter, path: Path, metadata: dict[str, str]) -> Path:
         """The names diffusers itself writes today for the UNet, and reads in the text encoders."""
+        layers = low_ranks(adapter, self.name)
         tensors: dict[str, Tensor] = {}
         config: dict[str, Any] = {}
         for component in adapter.components():
@@ -78,8 +79,8 @@ class Diffusers:
             described = config_of({in_config(p.partition(".")[2]): d for p, d in deltas.items()}, self.name)
             config |= {f"{component}.{key}": value for key, value in described.items()}
             down, up, gain = _UNET_FACTORS if component == "unet" else _TEXT_FACTORS
-            for layer, delta in deltas.items():
-                low, magnitude = factors(layer, delta)
+            for layer in deltas:
+                low, magnitude = layers[layer]
                 tensors[f"{layer}.{down}.weight"] = low.down
                 tensors[f"{layer}.{up}.weight"] = low.up
                 if magnitude is not None:

@@ -8,7 +8,8 @@ from collections import Counter
 from lora_core.errors import FileRefused
 from lora_core.safe_files import Header
 
-# Kinds of adapter this version cannot use: what their keys look like, what they are called.
+# Kinds of adapter: what their keys look like, what they are called. Of those in NAMED_ONLY_BY_KOHYA a key comes
+# here only if its layer is none of ours; the others this version cannot use.
 _KINDS = tuple(
     (re.compile(pattern), name)
     for pattern, name in (
@@ -25,6 +26,7 @@ _KINDS = tuple(
         (r"\.(lora_B\.(?:[^.]+\.)?bias)$", "bias of a LoRA"),
     )
 )
+NAMED_ONLY_BY_KOHYA = ("LoHa", "LoKr")
 # Adapters of other models. One such key is enough: their text encoder part may well look like ours.
 _FAMILIES = tuple(
     (re.compile(pattern), name)
@@ -66,7 +68,11 @@ def kind_of(key: str) -> tuple[str, str] | None:
 def describe(key: str) -> str:
     """How an unused key is named to the user."""
     kind = kind_of(key)
-    return key if kind is None else f"{key} ({kind[0]}: not supported by this version)"
+    if kind is None:
+        return key
+    if kind[0] in NAMED_ONLY_BY_KOHYA:
+        return f"{key} ({kind[0]} of a layer that kohya's spelling does not name)"
+    return f"{key} ({kind[0]}: not supported by this version)"
 
 
 def refuse_other_family(header: Header) -> None:
@@ -86,9 +92,14 @@ def refuse(header: Header) -> None:
     kinds = Counter(known for key in header.tensors if (known := kind_of(key)))
     if kinds:
         (kind, part), _ = kinds.most_common(1)[0]
+        if kind in NAMED_ONLY_BY_KOHYA:
+            raise FileRefused(
+                f"{name} is of the kind {kind} ({part}), under names that are none of Stable Diffusion's layers "
+                "in kohya's spelling (lora_unet_…, lora_te_…). Save it in that spelling."
+            )
         raise FileRefused(
-            f"{name} is of the kind {kind} ({part}): not supported by this version. Use a LoRA, LoCon or "
-            "DoRA file."
+            f"{name} is of the kind {kind} ({part}): not supported by this version. Use a LoRA, LoCon, "
+            "LoHa, LoKr or DoRA file."
         )
     for pattern, what in _FILES:
         if any(pattern.search(key) for key in header.tensors):

@@ -64,6 +64,7 @@ _TEXT = (
     *(f"text_model.encoder.layers.#.mlp.{p}" for p in ("fc1", "fc2")),
     "text_projection",
 )
+_CONVOLUTIONS = frozenset({"conv", "conv1", "conv2", "conv_in", "conv_out"})  # 3x3; conv_shortcut is 1x1
 _NUMBER = re.compile(r"(?<![^._])\d+(?![^._])")  # a number that stands alone: not the 1 of attn1
 
 
@@ -94,6 +95,12 @@ def adapter_path(component: str, name: str) -> str | None:
     if path is not None and component == "unet" and sgm_names.is_sgm(path):
         path = sgm_names.to_diffusers(path)
     return None if path is None else f"{component}.{path}"
+
+
+def kernel_of(path: str) -> int:
+    """k of the k x k convolution that the layer at this adapter path is in every Stable Diffusion model; 1 for the
+    others, of which some are linear here and 1x1 convolutions there."""
+    return 3 if path.rpartition(".")[2] in _CONVOLUTIONS else 1
 
 
 def flattened(path: str) -> str:

@@ -7,8 +7,10 @@
     lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight     SD 1 and 2; SDXL: lora_te1_, lora_te2_
     lora_unet_mid_block_resnets_0_conv1.lora_mid.weight            (r, r, k, k) LyCORIS' Tucker core
     lora_unet_mid_block_attentions_0_proj_in.dora_scale            (out, 1[, 1, 1]), or (1, in[, 1, 1])
+    lora_unet_mid_block_resnets_0_conv1.hada_w1_a, hada_w1_b …     (out, r), (r, in*k*k): LyCORIS' LoHa
+    lora_unet_mid_block_resnets_0_conv1.lokr_w1, lokr_w2 …         (out1, in1), (out2, in2, k, k): its LoKr
 
-ΔW = alpha/r · up · down; without alpha it is the rank.
+ΔW = alpha/r · up · down; without alpha it is the rank. The kinds' own keys: see kinds.
 """
 
 from __future__ import annotations
@@ -18,8 +20,11 @@ from pathlib import Path
 from torch import Tensor
 
 from lora_core.adapter import Adapter
-from lora_core.formats.assembly import Load, Part, Reading, alpha_tensor, assemble, factors
+from lora_core.deltas import Factored
+from lora_core.errors import ConfigError
+from lora_core.formats.assembly import BESIDE, Load, Part, Reading, alpha_tensor, assemble, unwrapped
 from lora_core.formats.keys import adapter_path, flattened
+from lora_core.formats.kinds import KINDS, kind_of_delta
 from lora_core.formats.metadata import with_hashes
 from lora_core.formats.sgm_names import to_sgm
 from lora_core.safe_files import Header, read_tensors, save_tensors
@@ -30,13 +35,7 @@ PREFIXES = {
     "lora_te2_": "text_encoder_2",
     "lora_te_": "text_encoder",
 }
-ROLES = {
-    "lora_down.weight": "down",
-    "lora_up.weight": "up",
-    "lora_mid.weight": "mid",
-    "alpha": "alpha",
-    "dora_scale": "magnitude",
-}
+ROLES = {ending: role for kind in KINDS for ending, role in kind.roles.items()} | BESIDE
 SDXL_ATTENTION_UP = frozenset({0, 1})
 
 
@@ -50,14 +49,22 @@ class Kohya:
         return assemble(header, _spell, load=load)
 
     def write(self, adapter: Adapter, path: Path, metadata: dict[str, str]) -> Path:
-        """With both hashes. An output-axis DoRA as (out, 1[, 1, 1]), an input-axis one as it came."""
+        """With both hashes. An output-axis DoRA as (out, 1[, 1, 1]), an input-axis one as it came. ConfigError for
+        a kind that has no keys here, before anything is written."""
         tensors: dict[str, Tensor] = {}
         names = _names(adapter)
         for layer, delta in adapter.deltas.items():
-            low, magnitude = factors(layer, delta)
-            tensors[f"{names[layer]}.lora_down.weight"] = low.down
-            tensors[f"{names[layer]}.lora_up.weight"] = low.up
-            tensors[f"{names[layer]}.alpha"] = alpha_tensor(low.alpha, low.down.dtype)
+            inner, magnitude = unwrapped(delta)
+            kind = kind_of_delta(inner)
+            if kind is None or not isinstance(inner, Factored):
+                raise ConfigError(
+                    f"{layer} is of the kind {type(inner).__name__}; this version writes "
+                    f"{', '.join(known.name for known in KINDS)} and DoRA. Bake it to a plain LoRA first."
+                )
+            stored = kind.stored(inner)
+            tensors |= {f"{names[layer]}.{ending}": tensor for ending, tensor in stored.items()}
+            dtype = next(iter(stored.values())).dtype
+            tensors[f"{names[layer]}.alpha"] = alpha_tensor(inner.alpha, dtype)
             if magnitude is not None:
                 tensors[f"{names[layer]}.dora_scale"] = magnitude
         save_tensors(path, tensors, with_hashes(tensors, metadata))

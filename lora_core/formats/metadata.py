@@ -23,7 +23,8 @@ from lora_core.adapter import Adapter
 from lora_core.deltas.magnitude import WithMagnitude
 from lora_core.errors import ConfigError
 from lora_core.families import FAMILIES
-from lora_core.formats.assembly import ranks_and_alphas
+from lora_core.formats.assembly import ranks_and_alphas, unwrapped
+from lora_core.formats.kinds import kind_of_delta
 from lora_core.safe_files import serialized
 
 HASHES = ("sshs_model_hash", "sshs_legacy_hash")
@@ -134,11 +135,16 @@ def _of_tensors(adapter: Adapter) -> dict[str, str]:
         args["conv_dim"] = _common([ranks[p] for p in convolutions])
         args["conv_alpha"] = _common([alphas[p] for p in convolutions])
     dora = any(isinstance(delta, WithMagnitude) for delta in adapter.deltas.values())
+    kinds = {kind_of_delta(unwrapped(delta)[0]) for delta in adapter.deltas.values()}
+    algos = {kind.name.lower() for kind in kinds if kind is not None}
+    lycoris = dora or algos != {"lora"}
+    if lycoris and len(algos) == 1:  # LyCORIS has one word for the whole file
+        args["algo"] = algos.pop()
     if dora:
-        args |= {"algo": "lora", "dora_wd": "True"}
+        args["dora_wd"] = "True"
     plain = sorted(matrices or convolutions)
     return {
-        "ss_network_module": "lycoris.kohya" if dora else "networks.lora",
+        "ss_network_module": "lycoris.kohya" if lycoris else "networks.lora",
         "ss_network_dim": _common([ranks[p] for p in plain]),
         "ss_network_alpha": _common([alphas[p] for p in plain]),
         "ss_network_args": json.dumps(args, sort_keys=True),

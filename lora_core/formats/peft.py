@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lora_core.adapter import COMPONENTS, Adapter
 from lora_core.errors import FileRefused, SaveFailed
-from lora_core.formats.assembly import Load, Part, Reading, assemble, factors
+from lora_core.formats.assembly import Load, Part, Reading, assemble, low_ranks
 from lora_core.formats.diffusers import for_peft, in_config, role_of
 from lora_core.formats.keys import adapter_path
 from lora_core.formats.peft_config import Alphas, config_of, parse
@@ -60,14 +60,15 @@ class Peft:
     def write(self, adapter: Adapter, path: Path, metadata: dict[str, str]) -> Path:
         """`path` becomes a folder with one folder per component. Files of components that an earlier LoRA had
         there are removed: read together they would be another LoRA."""
+        layers = low_ranks(adapter, self.name)
         # transformers 5 names the first encoder's modules without text_model, the second's with it
         as_model = {"unet": "", "text_encoder": "text_model.", "text_encoder_2": ""}
         for component in adapter.components():
             deltas = {p: d for p, d in adapter.deltas.items() if p.startswith(f"{component}.")}
             config = config_of({in_config(p.partition(".")[2]): d for p, d in deltas.items()}, self.name)
             tensors: dict[str, Tensor] = {}
-            for layer, delta in deltas.items():
-                low, magnitude = factors(layer, delta)
+            for layer in deltas:
+                low, magnitude = layers[layer]
                 name = PREFIX + layer.partition(".")[2].removeprefix(as_model[component] or "\0")
                 tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = low.down, low.up
                 if magnitude is not None:

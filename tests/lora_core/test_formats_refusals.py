@@ -17,7 +17,9 @@ def test_missing_alpha_is_the_rank_and_odd_keys_are_named(tmp_path: Path) -> Non
     odd = {
         "lora_unet_nothing_real.lora_down.weight": torch.ones(1, 1),
         "bundle_emb.cat.clip_l": torch.ones(1, 8),
-        "lora_unet_mid_block_attentions_0_proj_in.hada_w1_a": torch.ones(2, 2),
+        "lora_unet_mid_block_attentions_0_proj_in.oft_blocks": torch.ones(2, 2),
+        "lora_unet_nothing_real.hada_w1_a": torch.ones(2, 2),
+        f"{Q}.hada_t1": torch.ones(2, 2),
         "lora_unet_mid_block_attentions_0_proj_in.alpha": torch.tensor(1.0),
         f"{Q.replace('down_blocks_0_attentions_0', 'input_blocks_1_1')}.lora_down.weight": torch.ones(4, 8),
     }
@@ -30,7 +32,9 @@ def test_missing_alpha_is_the_rank_and_odd_keys_are_named(tmp_path: Path) -> Non
     notes = " ".join(read.unused)
     for word in (
         "bundled textual inversion: not supported",
-        "LoHa: not supported",
+        "OFT: not supported",
+        "LoHa of a layer that kohya's spelling does not name",
+        "the layer is a LoRA",
         "a second time",
         "has no LoRA",
     ):
@@ -85,9 +89,10 @@ REFUSED: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     ),
     "loha": (
         {f"{Q}.hada_w1_a": one, f"{Q}.hada_w1_b": one, f"{Q}.alpha": torch.tensor(1.0)},
-        r"LoHa \(hada_w1_a\)",
+        r"hada_w1_a without its hada_w2_a factor: the file is incomplete",
     ),
-    "lokr": ({f"{Q}.lokr_w1": one, f"{Q}.lokr_w2_a": one}, "LoKr"),
+    "loha elsewhere": ({f"{QPATH}.hada_w1_a": one}, r"LoHa \(hada_w1_a\), under names .* Save it in that"),
+    "lokr": ({f"{Q}.lokr_w1": one, f"{Q}.lokr_w2_a": one}, r"lokr_w2_a without its lokr_w2_b factor"),
     "ia3": ({f"{Q}.weight": one, f"{Q}.on_input": torch.tensor(True)}, r"\(IA\)³"),
     "glora": ({f"{Q}.{k}.weight": one for k in ("a1", "a2", "b1", "b2")}, "GLoRA"),
     "oft": ({"oft_unet_mid_block.oft_blocks": one}, "OFT"),

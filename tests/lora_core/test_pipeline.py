@@ -129,7 +129,7 @@ def test_live_equals_fused_equals_dense(family: str) -> None:
     bare = outputs(live)
     coverage = live.load(a, name="a", weight=0.7)
     assert coverage.matched == coverage.total == len(a.deltas)
-    weights = {"unet": -0.4, "text_encoder": 0.5, "blocks": {"down.1": 0.9, "up.2.attn": 0.0}}
+    weights = {"unet": -0.4, "text_encoder": 0.5, "blocks": {"down.1": 0.9, "up.1.attn": 0.0}}
     live.load(b, name="b", weight=weights)
     worn = outputs(live)
     dense(oracle, {"a": (a, 0.7), "b": (b, weights)})

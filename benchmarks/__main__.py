@@ -1,0 +1,22 @@
+"""`python -m benchmarks [--list] [arguments for each]`: every benchmark, one after the other."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+BENCHMARKS = {"swap": "loading, weighing, fusing and undoing LoRAs, beside diffusers + PEFT"}
+
+
+def main(arguments: list[str]) -> int:
+    if "--list" in arguments:
+        for name, title in BENCHMARKS.items():
+            print(f"python -m benchmarks.{name:8} {title}")
+        return 0
+    for name in BENCHMARKS:  # imported one at a time: --list waits for neither torch nor diffusers
+        importlib.import_module(f"benchmarks.{name}").main(arguments)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,79 @@
+"""LoRAs loaded, weighed, fused and undone: LivePipeline beside diffusers + PEFT, in one process.
+
+    python -m benchmarks.swap                                   SD 1.5's size
+    python -m benchmarks.swap --size sdxl --only load third     a few rows of SDXL's size (7 GB of weights)
+    python -m benchmarks.swap --size tiny --repeats 1           does it run at all
+
+Both sides get the same files and the same base in memory: full topology, random weights, bf16, on the CPU.
+Every figure is a median of n runs after a warm-up, with the garbage collector off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from benchmarks import swap_layers, swap_models, swap_rows
+from benchmarks.measure import Row, machine, quiet, table
+from benchmarks.swap_rows import Setting
+
+ROWS: dict[str, Callable[[Setting], Iterator[Row]]] = {
+    "load": swap_rows.load,
+    "third": swap_rows.third,
+    "weights": swap_rows.weights,
+    "unload": swap_rows.unload,
+    "fuse": swap_rows.fuse,
+    "forward": swap_rows.forward,
+    "operations": swap_layers.operation_counts,
+    "overhead": swap_layers.overhead,
+    "recompilations": swap_layers.recompilations,
+    "swaps": swap_layers.swaps,
+    "sheet": swap_rows.sheet,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Row]:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.swap", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--size", choices=swap_models.SIZES, default="sd15")
+    parser.add_argument("--only", nargs="+", choices=ROWS, metavar="NAME", help=", ".join(ROWS))
+    parser.add_argument(
+        "--repeats", type=positive, default=5, metavar="N", help="runs per median (default: 5)"
+    )
+    parser.add_argument(
+        "--swaps", type=positive, default=500, metavar="N", help="of the row of that name (500)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    options = parser.parse_args(arguments)
+
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        setting = Setting(options.size, options.repeats, options.swaps, Path(folder))
+        for name, measure in ROWS.items():
+            if options.only is None or name in options.only:
+                start = time.perf_counter()
+                rows += measure(setting)
+                print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    facts = {**machine(), "size": options.size, "dtype": str(swap_models.DTYPE).removeprefix("torch.")}
+    print(f"\n{', '.join(f'{name}: {value}' for name, value in facts.items())}\n\n{table(rows)}")
+    if options.json is not None:
+        report = {"machine": facts, "rows": [row.as_json() for row in rows]}
+        options.json.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return rows
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
+
+
+if __name__ == "__main__":
+    main()
