@@ -61,15 +61,12 @@ class BaseWeights:
         self.models = dict(models)
         self.keep: Keep = "auto"
         self.kept: Keep | None = None  # while fused: where W0 is
+        self.fused = False
         self._layers: dict[str, nn.Module] = {}  # the fused ones, by adapter path
         self._originals: dict[str, Tensor] = {}  # their W0, unless it is in the checkpoint alone
         self._checkpoint = checkpoint
         # a model that came from no file is compared with what it was when it was given
         self._digests = {} if checkpoint else {f"{c}.{n}": digest(t) for c, n, t in self._live()}
-
-    @property
-    def fused(self) -> bool:
-        return bool(self._layers)
 
     @torch.no_grad()
     def fuse(
@@ -96,6 +93,7 @@ class BaseWeights:
         except BaseException:
             self.restore()
             raise
+        self.fused = bool(changes)
         size = sum(weight_of(layers[p]).numel() * weight_of(layers[p]).element_size() for p in changes)
         return (
             f"{len(changes)} layers fused; the original weights ({size / 1e9:.2f} GB) are {_WHERE[self.kept]}"
@@ -125,7 +123,7 @@ class BaseWeights:
         else:
             for path, w0 in self._originals.items():
                 weight_of(self._layers[path]).copy_(w0)
-        self._layers, self._originals, self.kept = {}, {}, None
+        self._layers, self._originals, self.kept, self.fused = {}, {}, None, False
 
     @torch.no_grad()
     def heal(self) -> BaseReport:

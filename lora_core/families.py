@@ -104,11 +104,12 @@ def family_of_layers(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
         or FAMILIES["sdxl"].context_width in contexts
     ):
         return "sdxl"
-    if FAMILIES["sd2"].context_width in contexts | words or entries == {2}:
+    if FAMILIES["sd2"].context_width in contexts | words:
         return "sd2"
-    if FAMILIES["sd1"].context_width in contexts or entries == {4}:
+    if FAMILIES["sd1"].context_width in contexts:
         return "sd1"
-    return None
+    # last, for a 1x1 convolution's factors may be stored as matrices: LoHa and LoKr mostly are
+    return "sd2" if entries == {2} else "sd1" if entries == {4} else None
 
 
 def check_belongs(adapter: Adapter, models: Mapping[str, nn.Module], family: Family) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from lora_core.adapter import COMPONENTS, Adapter, Coverage, resolve
 from lora_core.base_weights import BaseReport, BaseWeights
+from lora_core.config import LoraConfig
 from lora_core.deltas import Delta
 from lora_core.denoise import OnLatents, OnStep, denoise
 from lora_core.errors import ConfigError, LoraError, NotLoaded, did_you_mean
@@ -23,6 +24,7 @@ from lora_core.mix import AdapterWeight, Mix, WeightValue, check_blocks
 from lora_core.models import OpenedBase, open_base
 from lora_core.rack import Rack
 from lora_core.samplers import sampler_name
+from lora_core.targets import find_targets
 from lora_core.turnstile import Turnstile
 
 Mode = Literal["live", "fused", "auto"]
@@ -87,18 +89,7 @@ class LivePipeline:
                     f'None of the {coverage.total} layers of "{name}" exist in {self.base_name}: nothing was loaded.'
                 )
             self._unfuse()
-            if name in self._adapters:
-                kept = f"\0{name}"  # its old self stays worn until the new one is: a failure changes nothing
-                self._rack.rename(name, kept)
-                try:
-                    self._rack.load(name, adapter, layers)
-                except BaseException:
-                    self._rack.rename(kept, name)
-                    self._show()
-                    raise
-                self._rack.delete(kept)
-            else:
-                self._rack.load(name, adapter, layers)
+            self._rack.load(name, adapter, layers)
             self._adapters[name], self._layers[name] = adapter, layers
             self._mix[name] = parsed
             self._show()
@@ -197,6 +188,21 @@ class LivePipeline:
             raise LoraError(
                 "Pictures with a mix each are being made, and fusing would make them alike. Fuse when they are done."
             )
+
+    def arm(self, rank: int = 64) -> None:
+        """Before compiling: hooks on every layer a LoRA may have (attention, feed-forward, their projections), on
+        zeroed buffers for `rank` slots in all. LoRAs that fit into them come and go without a recompilation."""
+        with self._lock:
+            config = LoraConfig(targets=("attention", "feed-forward"))
+            layers = {f"unet.{path}": module for path, module in find_targets(self.models["unet"], config)}
+            self._rack.arm(layers, rank)
+            self._show()
+
+    def disarm(self) -> None:
+        """The hooks of layers that wear nothing leave, and with them what was compiled is to be thrown away."""
+        with self._lock:
+            self._rack.disarm()
+            self._show()
 
     @property
     def mode(self) -> Mode:

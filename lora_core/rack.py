@@ -3,8 +3,8 @@
     y = base(x) + ((x A_catᵀ) * w) B_catᵀ              three kernels for any number of LoRAs
 
 A_cat (R, in) and B_cat (out, R) hold the factors of every loaded LoRA, s = alpha/rank folded into B; w (rows, R)
-repeats each LoRA's user weight over its rank slots. Every layer's w is a view of ONE contiguous buffer per device, so
-a slider is one small copy and never touches a module. Kinds that are more than factors add terms (see worn.py), one
+repeats each LoRA's user weight over its rank slots. Every layer's w is a view of its component's ONE contiguous buffer,
+so a slider is one small copy and never touches a module. Kinds that are more than factors add terms (see worn.py), one
 slot of w each.
 
 Images of one batch may differ: row i of w serves every batch row congruent to i; with classifier-free guidance, where
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from lora_core.adapter import COMPONENTS, Adapter
+from lora_core.errors import LoraError
 from lora_core.mix import AdapterWeight, Mix
 from lora_core.worn import Place, Worn, wear, weight_shape
 
@@ -53,7 +54,7 @@ class LayerRack:
         self.armed = (
             False  # for a compiled model: the whole bucket is used, and nothing branches on what is worn
         )
-        self._view()
+        self.view()
 
     # --- what is worn ---
 
@@ -66,7 +67,7 @@ class LayerRack:
         downs[:used], ups[:used] = self.downs[:used], self.ups[:used]
         downs[used:], ups[used:] = 0, 0
         self.downs, self.ups = downs, ups
-        self._view()
+        self.view()
 
     def put(self, worn: Worn) -> None:
         start = sum(self.ranks)
@@ -75,10 +76,10 @@ class LayerRack:
         extras = tuple(e.to(self.place.device, self.place.dtype) for e in worn.extras)
         self.worn.append(Worn(worn.name, worn.down[:0], worn.up[:, :0], extras))
         self.ranks.append(worn.rank)
-        self._view()
+        self.view()
 
     def drop(self, name: str) -> None:
-        """Those behind it move up; the buffer shrinks to its bucket."""
+        """Those behind it move up; `reserve` shrinks the buffer to its bucket."""
         at = next((i for i, w in enumerate(self.worn) if w.name == name), None)
         if at is None:
             return
@@ -87,13 +88,12 @@ class LayerRack:
             buffer[start : used - rank] = buffer[start + rank : used].clone()
             buffer[used - rank : used] = 0
         del self.worn[at], self.ranks[at]
-        self.reserve(sum(self.ranks))
-        self._view()
+        self.view()
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(*shape, device=self.place.device, dtype=self.place.dtype or torch.float32)
 
-    def _view(self) -> None:
+    def view(self) -> None:
         """The used part of the buffers, as the kernels want it: made here, so that a call makes nothing."""
         used = len(self.downs) if self.armed else sum(self.ranks)
         self.rank = used
@@ -112,7 +112,7 @@ class LayerRack:
         self.worn = [
             Worn(w.name, w.down, w.up, tuple(e.to(device, dtype) for e in w.extras)) for w in self.worn
         ]
-        self._view()
+        self.view()
 
     @property
     def entries(self) -> list[tuple[str, int]]:
@@ -172,70 +172,82 @@ class Rack:
         self.layers: dict[str, LayerRack] = {}
         self.enabled = True
         self._entries: list[tuple[str, LayerRack]] = []  # (LoRA, layer) in the order of the slots
-        self._groups: list[_Group] = []  # one per device
+        self._groups: list[_Group] = []  # one per component and device
         self._alive: list[bool] = []
         self._shown: tuple[Sequence[Mix], float, bool] = ([{}], 0.0, False)
 
     def load(self, name: str, adapter: Adapter, layers: Mapping[str, nn.Module]) -> None:
-        """Put `adapter` on `layers` (adapter path -> module), none of which is fused.
+        """Put `adapter` on `layers` (adapter path -> module), none of which is fused, in place of what has its name.
 
         Everything that can fail comes first: an error leaves the rack as it was.
         """
+        deaf = {s.component for s in self.layers.values() if s.armed}
+        missed = [p for p in layers if p not in self.layers and p.split(".", 1)[0] in deaf]
+        if missed:
+            raise LoraError(
+                f'"{name}" has {len(missed)} layers ({missed[0]}, ...) for which the compiled model was not armed, and '
+                "which it would ignore. Disarm, load it, and compile again."
+            )
         ready = {p: wear(name, adapter.deltas[p], layer, p) for p, layer in layers.items()}
         fresh = {p: LayerRack(layer, p) for p, layer in layers.items() if p not in self.layers}
         for path, worn in ready.items():
             slot = self.layers.get(path) or fresh[path]
             slot.reserve(sum(slot.ranks) + worn.rank)
+        for path, slot in list(self.layers.items()):
+            slot.drop(name)
+            if not slot.worn and path not in ready:
+                self._take_off(path)
         for path, worn in ready.items():
             if path in fresh:
-                slot = self.layers[path] = fresh[path]
-                slot.handle = slot.layer.register_forward_hook(self._hook(slot))
+                self._hang(fresh[path])
             self.layers[path].put(worn)
         self._lay_out()
+
+    def _hang(self, slot: LayerRack) -> LayerRack:
+        self.layers[slot.path] = slot
+        slot.handle = slot.layer.register_forward_hook(self._hook(slot))
+        return slot
+
+    def _take_off(self, path: str) -> None:
+        slot = self.layers[path]
+        if slot.armed:
+            return
+        if slot.handle is not None:
+            slot.handle.remove()
+        del self.layers[path]
 
     def delete(self, *names: str) -> None:
         for path, slot in list(self.layers.items()):
             if all(w.name in names for w in slot.worn) and not slot.armed:
-                if slot.handle is not None:
-                    slot.handle.remove()
-                del self.layers[path]
+                self._take_off(path)  # without moving anything in buffers that are about to go
                 continue
             for name in names:
                 slot.drop(name)
-        self._lay_out()
-
-    def rename(self, old: str, new: str) -> None:
-        for slot in self.layers.values():
-            slot.worn = [Worn(new, w.down, w.up, w.extras) if w.name == old else w for w in slot.worn]
+            slot.reserve(sum(slot.ranks))
         self._lay_out()
 
     def arm(self, layers: Mapping[str, nn.Module], rank: int) -> None:
         """Hooks on all of `layers` and buffers for `rank` slots: before a model is compiled."""
         for path, layer in layers.items():
-            slot = self.layers.get(path)
-            if slot is None:
-                slot = self.layers[path] = LayerRack(layer, path)
-                slot.handle = layer.register_forward_hook(self._hook(slot))
+            slot = self.layers.get(path) or self._hang(LayerRack(layer, path))
             slot.armed = True
             slot.reserve(max(rank, sum(slot.ranks), 1))
-            slot._view()
+            slot.view()
         self._lay_out()
 
     def disarm(self) -> None:
         for path, slot in list(self.layers.items()):
             slot.armed = False
             slot.reserve(sum(slot.ranks))
-            slot._view()
+            slot.view()
             if not slot.worn:
-                if slot.handle is not None:
-                    slot.handle.remove()
-                del self.layers[path]
+                self._take_off(path)
         self._lay_out()
 
     # --- the weights ---
 
     def set_mixes(self, mixes: Sequence[Mix], *, progress: float = 0.0, guided: bool = False) -> None:
-        """One Mix for all images of a batch, or one per image: one small copy per device.
+        """One Mix for all images of a batch, or one per image: one small copy per component.
 
         `progress` 0..1 of the denoising, for curves; `guided`: the batch has an unconditional half in front.
         """
@@ -277,11 +289,11 @@ class Rack:
         return row
 
     def _lay_out(self) -> None:
-        """After any change of what is worn: which slot belongs to which LoRA, and one buffer per device."""
+        """After any change of what is worn: which slot belongs to which LoRA, and one buffer per component."""
         self._entries, self._groups, self._alive = [], [], []
-        counts: dict[torch.device, tuple[list[LayerRack], list[int], list[int]]] = {}
+        counts: dict[tuple[str, torch.device], tuple[list[LayerRack], list[int], list[int]]] = {}
         for slot in self.layers.values():
-            slots, owners, sizes = counts.setdefault(slot.place.device, ([], [], []))
+            slots, owners, sizes = counts.setdefault((slot.component, slot.place.device), ([], [], []))
             slots.append(slot)
             entries = slot.entries
             spare = slot.slots - sum(n for _, n in entries)  # the zeroed rest of an armed bucket
@@ -298,7 +310,7 @@ class Rack:
         self._code = torch.tensor(
             [at[name] + COMPONENTS.index(slot.component) for name, slot in self._entries], dtype=torch.long
         )
-        for device, (slots, owners, sizes) in counts.items():
+        for (_, device), (slots, owners, sizes) in counts.items():
             self._groups.append(_Group(device, slots, owners, sizes))
         self.set_mixes(*self._still_worn())
 
@@ -317,7 +329,7 @@ class Rack:
 
     def _hook(self, slot: LayerRack) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
         def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if not self.enabled or (slot.idle and not slot.armed):
+            if not self.enabled or (not slot.armed and slot.idle):
                 return None
             x = inputs[0]
             if slot.place.dtype is None or slot.place.device != x.device:
@@ -331,7 +343,7 @@ _SILENT = AdapterWeight.parse("silent", 0.0)
 
 
 class _Group:
-    """The slots of one device, and the one buffer their weights are views of."""
+    """The slots of one component on one device, and the one buffer their weights are views of."""
 
     def __init__(
         self, device: torch.device, slots: list[LayerRack], owners: list[int], sizes: list[int]
@@ -339,13 +351,13 @@ class _Group:
         self.device, self.slots = device, slots
         self.owner = torch.repeat_interleave(torch.tensor(owners), torch.tensor(sizes))  # slot -> entry
         self.ends = [0, *accumulate(slot.slots for slot in slots)]
-        self.buffer = torch.empty(0)
+        self.buffer: Tensor | None = None
 
     def write(self, values: Tensor) -> None:
         """values (rows, entries)."""
         padded = F.pad(values, (0, 1))  # owner -1, the slots that nobody has: weight 0
         rows = padded[:, self.owner]
-        if self.buffer.shape == rows.shape:
+        if self.buffer is not None and self.buffer.shape == rows.shape:
             self.buffer.copy_(rows)
             return
         self.buffer = rows.to(self.device)

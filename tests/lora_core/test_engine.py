@@ -1,0 +1,544 @@
+"""docs/engine.md, held to it: when a change takes effect, how the hooks stand to other parties, where W0 is."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+from lora_core import Adapter, GenerationRequest, LivePipeline
+from lora_core.adapter import weight_of
+from lora_core.errors import ConfigError, LoraError, Stopped
+from lora_core.rack import bucket
+from tests.lora_core.test_pipeline import (
+    ALL,
+    bits,
+    close,
+    dense,
+    inputs,
+    outputs,
+    random_adapter,
+    same_bits,
+    tree,
+)
+from tests.small_models import small_pipeline
+
+STEPS = 4
+
+
+@pytest.fixture
+def live() -> Iterator[LivePipeline]:
+    """A pipeline with two LoRAs worn."""
+    live = LivePipeline(small_pipeline("sd1"))
+    live.load(random_adapter(live, 1), name="a", weight=0.8)
+    live.load(random_adapter(live, 2, variant="dora"), name="b", weight=0.5)
+    yield live
+    live.unload()
+
+
+def latents_of(
+    live: LivePipeline, at: int = 0, action: Callable[[], Any] | None = None, **request: Any
+) -> list[torch.Tensor]:
+    """The latents after each step; `action` is asked for by another thread while step `at` ends."""
+    seen: list[torch.Tensor] = []
+    failed: list[BaseException] = []
+
+    def act() -> None:
+        assert action is not None
+        try:
+            action()
+        except BaseException as problem:
+            failed.append(problem)
+
+    def on_step(step: int, _: int) -> bool:
+        if action is not None and step == at:
+            thread = threading.Thread(target=act)
+            thread.start()
+            deadline = time.monotonic() + 30
+            while thread.is_alive() and not live._lock._queue:
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+        return True
+
+    ask = {"prompt": "a cat", "steps": STEPS, "seed": 3, **request}
+    try:
+        live.generate(GenerationRequest(**ask), on_step=on_step, on_latents=lambda x: seen.append(x.clone()))
+    finally:
+        if failed:
+            raise failed[0]
+    return seen
+
+
+def same_until(one: list[torch.Tensor], other: list[torch.Tensor]) -> int:
+    """How many steps are bit-equal before the first that is not."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if not torch.equal(a, b)), len(one)
+    )
+
+
+CHANGES: dict[str, Callable[[LivePipeline], Any]] = {
+    "set_weights": lambda p: p.set_weights({"a": -0.3}),
+    "text encoder": lambda p: p.set_weights({"a": {"text_encoder": 2.0}}),
+    "load": lambda p: p.load(random_adapter(p, 3), name="c"),
+    "delete": lambda p: p.delete("b"),
+    "unload": lambda p: p.unload(),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_change_from_another_thread_acts_from_the_next_step_on(live: LivePipeline, what: str) -> None:
+    adapters = live.loaded
+    unchanged = latents_of(live)
+    for at in range(1, STEPS):
+        changed = latents_of(live, at, lambda: CHANGES[what](live))
+        assert same_until(unchanged, changed) == at
+        live.unload()
+        for name, weight in (("a", 0.8), ("b", 0.5)):
+            live.load(adapters[name], name=name, weight=weight)
+    assert same_until(unchanged, latents_of(live)) == STEPS
+
+
+def test_what_follows_a_change_is_what_the_new_mix_would_make_of_that_latent(live: LivePipeline) -> None:
+    """The tail of a changed run equals a run of the new mix, started from the latent at which it changed."""
+    live.set_weights({"a": 0.8})
+    changed = latents_of(live, 2, lambda: live.set_weights({"a": 0.1, "b": {"text_encoder": 1.5}}))
+    other = LivePipeline(small_pipeline("sd1"))
+    other.load(live.loaded["a"], name="a", weight=0.8)
+    other.load(live.loaded["b"], name="b", weight=0.5)
+    seen: list[torch.Tensor] = []
+
+    def on_step(step: int, _: int) -> bool:  # the same from within: the lock is reentrant
+        if step == 2:
+            other.set_weights({"a": 0.1, "b": {"text_encoder": 1.5}})
+        return True
+
+    other.generate(
+        GenerationRequest(prompt="a cat", steps=STEPS, seed=3),
+        on_step=on_step,
+        on_latents=lambda x: seen.append(x.clone()),
+    )
+    assert same_until(changed, seen) == STEPS
+
+
+def test_fusing_and_unfusing_in_the_middle_change_nothing_but_roundings(live: LivePipeline) -> None:
+    unchanged = latents_of(live)
+    for at in range(1, STEPS):
+        fused = latents_of(live, at, live.fuse)
+        assert live.fused
+        unfused = latents_of(live, at, live.unfuse)
+        assert not live.fused
+        for run in (fused, unfused):
+            assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(run, unchanged, strict=True))
+        assert same_until(unchanged, fused) >= at
+
+
+def test_stopping_from_another_thread_at_every_step(live: LivePipeline) -> None:
+    before = bits(live)
+    for at in range(1, STEPS):
+        with pytest.raises(Stopped, match=f"after step {at} of"):
+            latents_of(live, at, live.stop)
+    assert same_bits(live, before)
+    assert len(latents_of(live)) == STEPS
+
+
+def test_the_picture_remembers_the_weights_of_each_step(live: LivePipeline) -> None:
+    def on_step(step: int, _: int) -> bool:
+        if step == 2:
+            live.set_weights({"a": 0.25})
+        return True
+
+    picture = live.generate(GenerationRequest(prompt="a cat", steps=STEPS), on_step=on_step)[0]
+    assert picture.history == ((1, {"a": 0.8, "b": 0.5}), (3, {"a": 0.25, "b": 0.5}))
+    assert picture.weights == {"a": 0.25, "b": 0.5}
+
+
+def test_a_curve_is_the_weights_of_each_step(live: LivePipeline) -> None:
+    """Against a run whose weight is set by hand before each step."""
+    points = [[0, 1.0], [0.5, 0.2], [1, 0.6]]
+    by_hand: list[torch.Tensor] = []
+    live.set_weights({"a": {"unet": 0.8 * 1.0}})
+
+    def on_step(step: int, steps: int) -> bool:
+        progress = step / (steps - 1)
+        factor = 1 - 1.6 * progress if progress <= 0.5 else 0.2 + 0.8 * (progress - 0.5)
+        live.set_weights({"a": {"unet": 0.8 * factor}})
+        return True
+
+    live.generate(
+        GenerationRequest(prompt="a cat", steps=5, seed=3),
+        on_step=on_step,
+        on_latents=lambda x: by_hand.append(x.clone()),
+    )
+    live.set_weights({"a": {"unet": 0.8, "curve": points}})
+    curved = latents_of(live, steps=5)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(curved, by_hand, strict=True))
+    live.set_weights({"a": 0.8})
+    assert same_until(curved, latents_of(live, steps=5)) == 1  # the first step's factor is 1
+    live.set_weights({"a": {"curve": points}})
+    with pytest.raises(LoraError, match="curve"):
+        live.fuse()
+
+
+def test_the_conditional_half_alone(live: LivePipeline) -> None:
+    """On the prompt's rows as if worn, on the others as if not."""
+    live.delete("b")
+    unet = live.pipeline.unet
+    given = inputs(live, 4)
+    with torch.no_grad():
+        worn = unet(**given).sample
+        live._rack.enabled = False
+        bare = unet(**given).sample
+        live._rack.enabled = True
+        live.set_weights({"a": {"half": "conditional"}})
+        live._rack.set_mixes([live._mix] * 2, guided=True)
+        half = unet(**given).sample
+    assert torch.allclose(half[:2], bare[:2], atol=1e-5)
+    assert torch.allclose(half[2:], worn[2:], atol=1e-5)
+    assert (worn - bare).abs().max() > 1e-2
+    both = latents_of(live, count=2)
+    live.set_weights({"a": {"half": "both"}})
+    assert same_until(both, latents_of(live, count=2)) == 0
+    live.set_weights({"a": {"half": "conditional"}})
+    without = latents_of(live, guidance=1.0)  # no unconditional half: as if worn whole
+    live.set_weights({"a": {"half": "both"}})
+    assert same_until(without, latents_of(live, guidance=1.0)) == STEPS
+
+
+# --- other parties -----------------------------------------------------------------------------------------
+
+
+def offloaded(live: LivePipeline) -> None:
+    accelerate.cpu_offload(live.models["unet"], execution_device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("first", ["offload", "load"])
+def test_sequential_offload(first: str) -> None:
+    """Weights on the meta device between the calls: LoRA and DoRA are right, whoever comes first; fusing is refused."""
+    plain, live = (LivePipeline(small_pipeline("sd1")) for _ in range(2))
+    steps = [
+        lambda: offloaded(live),
+        lambda: live.load(random_adapter(plain, 1, variant="dora", targets=ALL), name="a"),
+    ]
+    for step in steps if first == "offload" else steps[::-1]:
+        step()
+    plain.load(random_adapter(plain, 1, variant="dora", targets=ALL), name="a")
+    assert next(m for m in live.models["unet"].modules() if isinstance(m, nn.Linear)).weight.is_meta
+    close({"unet": outputs(live)["unet"]}, {"unet": outputs(plain)["unet"]})
+    with pytest.raises(LoraError, match="cannot be fused"):
+        live.fuse()
+    assert not live.fused
+    close({"unet": outputs(live)["unet"]}, {"unet": outputs(plain)["unet"]})
+    live.unload()
+    assert not any(m._forward_hooks for m in live.models["unet"].modules())
+
+
+def test_model_offload(live: LivePipeline) -> None:
+    worn = outputs(live)
+    _, hook = accelerate.cpu_offload_with_hook(live.models["unet"], torch.device("cpu"))
+    close(outputs(live), worn)
+    live.fuse()
+    close(outputs(live), worn)
+    hook.offload()
+    live.unfuse()
+    close(outputs(live), worn)
+    hook.remove()
+
+
+def test_fp8_layerwise_casting() -> None:
+    """The factors stay in the dtype in which the layer computes; fusing is refused."""
+    live, oracle = (LivePipeline(small_pipeline("sd1")) for _ in range(2))
+    adapter = random_adapter(live, 1)
+    for each in (live, oracle):
+        each.models["unet"].enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    bare = outputs(live)["unet"]
+    live.load(adapter, name="a")
+    for path, delta in adapter.deltas.items():  # the oracle's layers compute in fp32 from the fp8 weights
+        if path.startswith("unet."):
+            layer = oracle.models["unet"].get_submodule(path.removeprefix("unet."))
+            change = delta.delta(weight_of(layer).float())
+            layer.register_forward_hook(
+                lambda _, x, out, change=change: out + nn.functional.linear(x[0], change)
+            )
+    worn = outputs(live)["unet"]
+    close({"unet": worn}, {"unet": outputs(oracle)["unet"]})
+    assert (worn - bare).abs().max() > 1e-2
+    with pytest.raises(LoraError, match="cannot be fused"):
+        live.fuse()
+    with pytest.raises(LoraError, match="DoRA"):
+        live.load(random_adapter(oracle, 2, variant="dora"), name="b")
+    assert list(live.loaded) == ["a"]
+    live.unload()
+    assert torch.equal(outputs(live)["unet"], bare)
+
+
+def test_gradient_checkpointing(live: LivePipeline) -> None:
+    """The hook runs again in the backward pass, and the gradient of the input is that of the plain call."""
+    unet, given = live.models["unet"], inputs(live)
+    grads = []
+    for wrapped in (False, True):
+        sample = given["sample"].clone().requires_grad_()
+        call = {**given, "sample": sample}
+        if wrapped:
+            unet.enable_gradient_checkpointing()
+            unet.train()
+        unet(**call).sample.square().sum().backward()
+        grads.append(sample.grad)
+    unet.eval()
+    unet.disable_gradient_checkpointing()
+    assert torch.allclose(grads[0], grads[1], rtol=1e-4, atol=1e-4)
+    live._rack.enabled = False
+    sample = given["sample"].clone().requires_grad_()
+    unet(**{**given, "sample": sample}).sample.square().sum().backward()
+    live._rack.enabled = True
+    assert not torch.allclose(grads[0], sample.grad, rtol=1e-2)
+
+
+def test_a_packed_layer_is_worn_live_and_never_fused() -> None:
+    """bitsandbytes' nf4: on a device that has its kernels."""
+    bnb = pytest.importorskip("bitsandbytes")
+    live = LivePipeline(small_pipeline("sd1"))
+    adapter = random_adapter(live, 1)
+    path = next(p for p in adapter.deltas if p.endswith("attn1.to_q"))
+    parent, _, leaf = path.removeprefix("unet.").rpartition(".")
+    block = live.models["unet"].get_submodule(parent)
+    old = getattr(block, leaf)
+    packed = bnb.nn.Linear4bit(
+        old.in_features, old.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4"
+    )
+    packed.weight = bnb.nn.Params4bit(old.weight.detach().clone(), requires_grad=False, quant_type="nf4")
+    setattr(block, leaf, packed.to("cpu"))
+    x = torch.randn(2, 5, old.in_features)
+    with torch.no_grad():
+        bare = packed(x)
+        live.load(Adapter({path: adapter.deltas[path]}), name="a")
+        expected = bare + x @ adapter.deltas[path].delta(old.weight).T
+        assert torch.allclose(packed(x), expected, atol=1e-4)
+    with pytest.raises(LoraError, match="cannot be fused"):
+        live.fuse()
+    live.unload()
+
+
+def test_a_compiled_unet_is_never_compiled_again_within_a_bucket() -> None:
+    live = LivePipeline(small_pipeline("sd1"))
+    live.arm(rank=16)
+    armed = tree(live)
+    counted = CompileCounter()
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(live.models["unet"], backend=counted)
+    given = inputs(live)
+    with torch.no_grad():
+        bare = compiled(**given).sample
+        frames = counted.frame_count
+        plain = LivePipeline(small_pipeline("sd1"))
+        for i in range(5):
+            live.load(random_adapter(plain, i), name=f"n{i}", weight=0.5)
+            if i > 1:
+                live.delete(f"n{i - 2}")
+            plain.load(random_adapter(plain, i), name=f"n{i}", weight=0.5)
+            if i > 1:
+                plain.delete(f"n{i - 2}")
+            close({"unet": compiled(**given).sample}, {"unet": outputs(plain)["unet"]})
+        assert counted.frame_count == frames > 0
+        with pytest.raises(LoraError, match="not armed"):
+            live.load(random_adapter(plain, 9, targets=("conv",)), name="deaf")
+        live.unload()
+        assert tree(live) == armed  # the hooks stay as long as the model is armed
+        close({"unet": compiled(**given).sample}, {"unet": bare})
+        assert counted.frame_count == frames
+    live.disarm()
+    assert not any(m._forward_hooks for m in live.models["unet"].modules())
+    torch._dynamo.reset()
+
+
+# --- the buffers -------------------------------------------------------------------------------------------
+
+
+def test_a_change_of_weight_writes_one_buffer_and_touches_no_layer(live: LivePipeline) -> None:
+    rack = live._rack
+    addresses = [group.buffer.data_ptr() for group in rack._groups]
+    assert len(addresses) == 2  # the UNet's and the text encoder's
+    kept = {p: (s.downs.data_ptr(), s.ups.data_ptr(), s.ups.clone()) for p, s in rack.layers.items()}
+    live.set_weights({"a": 0.1, "b": {"blocks": {"down": 0.7}}})
+    assert [group.buffer.data_ptr() for group in rack._groups] == addresses
+    for path, slot in rack.layers.items():
+        assert slot.weights.untyped_storage().data_ptr() in addresses
+        assert kept[path][:2] == (slot.downs.data_ptr(), slot.ups.data_ptr())
+        assert torch.equal(kept[path][2], slot.ups)
+
+
+def test_a_new_lora_is_copied_into_its_own_slots_only(live: LivePipeline) -> None:
+    kept = {p: (s.downs.data_ptr(), sum(s.ranks)) for p, s in live._rack.layers.items()}
+    assert all(used + 3 <= bucket(used) for _, used in kept.values())
+    live.load(random_adapter(live, 5), name="c")
+    for path, (address, used) in kept.items():
+        slot = live._rack.layers[path]
+        assert slot.downs.data_ptr() == address
+        assert sum(slot.ranks) == used + 3
+    live.delete("a")
+    live.delete("c")
+    assert {p: len(s.downs) for p, s in live._rack.layers.items()} == dict.fromkeys(kept, 16)
+
+
+@pytest.mark.parametrize(
+    ("rank", "size"), [(0, 0), (1, 16), (16, 16), (17, 32), (129, 256), (257, 384), (512, 512)]
+)
+def test_buckets(rank: int, size: int) -> None:
+    assert bucket(rank) == size
+
+
+# --- where W0 is -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", ["device", "host", "checkpoint"])
+def test_w0_comes_back_from_wherever_it_is(keep: Any, tmp_path: Path) -> None:
+    small_pipeline("sd1").save_pretrained(tmp_path / "base")
+    for dtype in (torch.float32, torch.bfloat16):
+        live = LivePipeline.open(tmp_path / "base", device="cpu", dtype=dtype)
+        before = bits(live)
+        live._base.keep = keep
+        live.load(random_adapter(live, 1, variant="dora"), name="a")
+        worn = None if dtype is torch.bfloat16 else outputs(live)
+        for _ in range(3):
+            said = live.fuse()
+            assert not live.verify_base()
+            assert ("checkpoint" in said) == (keep == "checkpoint")
+            assert bool(live._base._originals) == (keep != "checkpoint")
+            if worn is not None:
+                close(outputs(live), worn)
+        live.unload()
+        assert same_bits(live, before)
+        assert live.verify_base()
+
+
+def test_healing_copies_back_what_differs_and_nothing_else(tmp_path: Path) -> None:
+    small_pipeline("sd1").save_pretrained(tmp_path / "base")
+    live = LivePipeline.open(tmp_path / "base", device="cpu")
+    before = bits(live)
+    layer = next(m for m in live.models["unet"].modules() if isinstance(m, nn.Linear))
+    with torch.no_grad():
+        layer.weight.view(-1)[:5] = 7.0
+    assert not live.verify_base()
+    assert live.heal()
+    assert same_bits(live, before)
+    with pytest.raises(LoraError, match="given from memory"):
+        LivePipeline(small_pipeline("sd1")).heal()
+
+
+# --- live or fused -----------------------------------------------------------------------------------------
+
+
+def until(true: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_auto_fuses_what_stands_still_and_goes_back_at_a_touch(
+    live: LivePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_core.pipeline.STILL_S", 0.05)
+    before = outputs(live)
+    live.mode = "auto"
+    until(lambda: live.fused)
+    with live._lock:
+        close(outputs(live), before)
+    live.set_weights({"a": 0.7})
+    assert not live.fused
+    until(lambda: live.fused)
+    live.set_weights({"a": {"curve": [[0, 1], [1, 0]]}})
+    until(lambda: "curve" in live.fusing_note)
+    assert not live.fused
+    live.set_weights({"a": 0.7})
+    live.mode = "live"
+    time.sleep(0.2)
+    assert not live.fused
+
+
+def test_auto_leaves_a_lora_live_that_rounding_would_eat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_core.pipeline.STILL_S", 0.05)
+    live = LivePipeline(small_pipeline("sd1", dtype=torch.bfloat16))
+    live.load(random_adapter(live, 1), name="a", weight=0.001)
+    live.mode = "auto"
+    until(lambda: "lost to the rounding" in live.fusing_note)
+    assert not live.fused
+    live.set_weights({"a": 1.0})
+    until(lambda: live.fused)
+
+
+def test_pinned_to_fused_every_change_is_fused_again(live: LivePipeline) -> None:
+    live.mode = "fused"
+    live.set_weights({"a": 0.2})
+    assert live.fused
+    fused = outputs(live)
+    live.mode = "live"
+    close(outputs(live), fused)
+    with pytest.raises(ConfigError, match="unknown"):
+        live.mode = "frozen"  # type: ignore[assignment]
+
+
+# --- wrong use ---------------------------------------------------------------------------------------------
+
+
+def test_a_mix_per_picture_and_fused_weights_exclude_each_other(live: LivePipeline) -> None:
+    live.fuse()
+    with pytest.raises(LoraError, match="Unfuse first"):
+        live.generate(GenerationRequest(prompt="a cat", steps=2, mixes=[{"a": 0.0}, {"a": 1.0}]))
+    live.unfuse()
+    with pytest.raises(LoraError, match="mix each"):
+        latents_of(live, 1, live.fuse, mixes=[{"a": 0.0}, {"a": 1.0}])
+    with pytest.raises(ConfigError, match=r"down\.9.*Known: down, down\.0"):
+        live.set_weights({"a": {"blocks": {"down.9": 1.0}}})
+    assert live.weights == {"a": 0.8, "b": 0.5}
+
+
+def test_a_failed_load_leaves_everything_as_it_was(
+    live: LivePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of memory at any point, with a new name and with one that is worn."""
+    before, trunk, mix = outputs(live), tree(live), live.weights
+    for name in ("a", "new"):
+        for allowed in (0, 1, 40, 200):
+            left = [allowed]
+            real = torch.empty
+
+            def short(*shape: Any, left: Any = left, real: Any = real, **options: Any) -> torch.Tensor:
+                left[0] -= 1
+                if left[0] < 0:
+                    raise torch.OutOfMemoryError("no memory left, for this test")
+                return real(*shape, **options)
+
+            fresh = random_adapter(live, 7, targets=ALL)
+            with monkeypatch.context() as patched:
+                patched.setattr("lora_core.rack.torch.empty", short)
+                with pytest.raises(torch.OutOfMemoryError):
+                    live.load(fresh, name=name)
+            assert live.weights == mix
+            assert tree(live) == trunk
+            assert all(torch.equal(before[k], v) for k, v in outputs(live).items())
+
+
+def test_a_mix_per_picture_with_every_kind_of_variant() -> None:
+    live, oracle = LivePipeline(small_pipeline("sd1")), None
+    a, b = random_adapter(live, 1, targets=ALL), random_adapter(live, 2, variant="dora", targets=ALL)
+    live.load(a, name="a")
+    live.load(b, name="b")
+    weights = [{"a": 0.0, "b": 1.0}, {"a": 0.7, "b": -0.2}]
+    live._rack.set_mixes([live._changed(w, only=False) for w in weights])
+    together = outputs(live, batch=2)
+    for i, mine in enumerate(weights):
+        oracle = LivePipeline(small_pipeline("sd1"))
+        dense(oracle, {"a": (a, mine["a"]), "b": (b, mine["b"])})
+        alone = outputs(oracle, batch=2)
+        for key in alone:
+            error = (together[key][i] - alone[key][i]).abs().max() / alone[key].abs().max()
+            assert error < 1e-4, key
+    live.unload()
