@@ -82,12 +82,14 @@ class Kron:
     d: Tensor  # (out2, in2[, k, k])
 
     def term(self, layer: nn.Module, x: Tensor, base_out: Tensor) -> Tensor:
+        wide = self.c.shape[1]  # in1
         if isinstance(layer, nn.Conv2d):
-            parts = x.unflatten(1, (self.c.shape[1], -1))  # (N, in1, in2, h, w)
-            inner = through(layer, parts.flatten(0, 1), self.d).unflatten(0, (x.shape[0], -1))
+            parts = x.reshape(x.shape[0] * wide, -1, *x.shape[2:])  # (N in1, in2, h, w)
+            inner = through(layer, parts, self.d)  # (N in1, out2, h', w')
+            inner = inner.reshape(x.shape[0], wide, *inner.shape[1:])
             return torch.einsum("oi,niphw->nophw", self.c, inner).flatten(1, 2)
-        parts = x.unflatten(-1, (self.c.shape[1], -1))  # (..., in1, in2)
-        return (self.c @ (parts @ self.d.T)).flatten(-2)
+        parts = x.reshape(*x.shape[:-1], wide, -1)  # (..., in1, in2)
+        return torch.matmul(self.c, torch.matmul(parts, self.d.T)).flatten(-2)
 
     def delta(self, rows: slice, original: Tensor) -> Tensor:
         high = self.d.shape[0]  # out2: row i of the whole is row i // out2 of C and i % out2 of D

@@ -13,8 +13,11 @@ AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visib
 
 
 def watched(revision: Callable[[], int], timer: gr.Timer) -> gr.Number:
-    """A number that follows `revision()`, for `gr.render` to draw anew by. Not a `gr.State`: that one lies on the
-    server, draws nothing unless its event was queued, and believes that what was lost on the way has been seen."""
+    """A number that follows `revision()`, for `gr.render` to draw anew by; to be made outside the tabs.
+
+    Not a `gr.State`: that one lies on the server, draws nothing unless its event was queued, and believes that what
+    was lost on the way has been seen. Outside, for what is in a tab comes onto the page when the tab is first opened,
+    and a number that changes while it is being put there tells nobody."""
     seen = gr.Number(-1, precision=0, visible="hidden")
     timer.tick(lambda at: gr.skip() if at == revision() else revision(), seen, seen, **AT_ONCE)
     return seen

@@ -23,14 +23,14 @@ OWN = "the model's own"
 NO_PICTURES = '<div class="empty">Pictures appear here. Describe one, and press Generate (Ctrl+Enter).</div>'
 
 
-def create(session: Session, timer: gr.Timer) -> dict[str, Any]:
+def create(session: Session, timer: gr.Timer, rows: gr.Number) -> dict[str, Any]:
     """-> the tab's components by name; the form's have the names of `memory.Form`."""
     c: dict[str, Any] = {}
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
             _base_picker(session, c)
             _form(session.wanted.form, c)
-            c |= mixer.create(session, timer, c["prompt"])
+            c |= mixer.create(session, rows, c["prompt"])
         with gr.Column(scale=6, min_width=320):
             _results(session, c)
     _listen(session, timer, c)

@@ -13,7 +13,7 @@ import gradio as gr
 
 from app.memory import Row
 from app.session import Session
-from app.tabs import AT_ONCE, watched
+from app.tabs import AT_ONCE
 
 EMPTY = (
     '<div class="empty">No LoRA is worn. Drop a <b>.safetensors</b> file anywhere on this page, choose one in the '
@@ -21,10 +21,9 @@ EMPTY = (
 )
 
 
-def create(session: Session, timer: gr.Timer, prompt: gr.Textbox) -> dict[str, Any]:
+def create(session: Session, seen: gr.Number, prompt: gr.Textbox) -> dict[str, Any]:
     c: dict[str, Any] = {}
     gr.Markdown("### LoRAs", elem_id="mixer-title")
-    seen = watched(lambda: session.mixer_revision, timer)
 
     @gr.render(inputs=seen, show_progress="hidden")
     def rows(_: int) -> None:

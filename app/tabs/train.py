@@ -23,11 +23,11 @@ from trainers import presets
 NEWEST = "the newest"
 
 
-def create(session: Session, draft: Draft, timer: gr.Timer) -> dict[str, Any]:
+def create(session: Session, draft: Draft, timer: gr.Timer, pictures: gr.Number) -> dict[str, Any]:
     c: dict[str, Any] = {}
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
-            gather.create(draft, timer)
+            gather.create(draft, pictures)
             _subject(session, c)
         with gr.Column(scale=6, min_width=320):
             _running(c)

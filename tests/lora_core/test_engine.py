@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounter
 from lora_core import Adapter, GenerationRequest, LivePipeline
 from lora_core.adapter import weight_of
 from lora_core.errors import ConfigError, LoraError, Stopped
-from lora_core.rack import bucket
+from lora_core.layer_rack import bucket
 from tests.lora_core.test_pipeline import (
     ALL,
     bits,
@@ -445,7 +445,7 @@ def until(true: Callable[[], object]) -> None:
 def test_auto_fuses_what_stands_still_and_goes_back_at_a_touch(
     live: LivePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_core.pipeline.STILL_S", 0.05)
+    monkeypatch.setattr("lora_core.live_mix.STILL_S", 0.05)
     before = outputs(live)
     live.mode = "auto"
     until(lambda: live.fused)
@@ -464,7 +464,7 @@ def test_auto_fuses_what_stands_still_and_goes_back_at_a_touch(
 
 
 def test_auto_leaves_a_lora_live_that_rounding_would_eat(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_core.pipeline.STILL_S", 0.05)
+    monkeypatch.setattr("lora_core.live_mix.STILL_S", 0.05)
     live = LivePipeline(small_pipeline("sd1", dtype=torch.bfloat16))
     live.load(random_adapter(live, 1), name="a", weight=0.001)
     live.mode = "auto"
@@ -518,7 +518,7 @@ def test_a_failed_load_leaves_everything_as_it_was(
 
             fresh = random_adapter(live, 7, targets=ALL)
             with monkeypatch.context() as patched:
-                patched.setattr("lora_core.rack.torch.empty", short)
+                patched.setattr("lora_core.layer_rack.torch.empty", short)
                 with pytest.raises(torch.OutOfMemoryError):
                     live.load(fresh, name=name)
             assert live.weights == mix
