@@ -20,6 +20,7 @@ examples:
   python launch.py --train --resume runs/fox
   python launch.py --generate --prompt "a zxq animal on a blue background" --lora runs/demo/demo.safetensors:0.8
   python launch.py --generate --prompt "..." --lora cat.safetensors --weights 0 0.5 1      one picture per weight
+  python launch.py --generate --prompt "..." --lora cat.safetensors --lora ink.safetensors --sheet loras
 
 exit codes: 0 done, 1 failed (the reason is on stderr), 2 wrong usage or refused to start,
             3 another process holds this run, 130 interrupted and saved
@@ -77,6 +78,25 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         metavar="W",
         help="one picture per factor on all LoRAs, side by side",
+    )
+    make.add_argument(
+        "--sheet",
+        metavar="loras|seeds",
+        help="a contact sheet, a column per weight: a row per LoRA, worn alone, or a row per seed, with all LoRAs",
+    )
+    make.add_argument(
+        "--sheet-weights",
+        nargs="+",
+        type=float,
+        metavar="W",
+        help="the sheet's columns: weights of the LoRA, or factors on all weights with seeds (0 0.5 1)",
+    )
+    make.add_argument(
+        "--sheet-seeds",
+        nargs="+",
+        type=int,
+        metavar="SEED",
+        help="the rows of --sheet seeds (three from --seed on)",
     )
     make.add_argument("--seed", type=int)
     make.add_argument("--steps", type=int)

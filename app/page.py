@@ -14,7 +14,7 @@ from app.draft import Draft
 from app.host import Page
 from app.session import Session
 from app.status import status_html
-from app.tabs import AT_ONCE, generate, library, train, watched
+from app.tabs import AT_ONCE, Drawing, generate, library, train
 from app.theme import CSS, HEAD, THEME, VEIL
 
 LOOK_S = 0.5  # how often the page asks what is new; answered with nothing when nothing is
@@ -30,8 +30,8 @@ def create_ui(session: Session, draft: Draft) -> Page:
         drop = gr.UploadButton(
             "Add LoRA files", file_count="multiple", elem_id="drop", size="sm"
         )  # outside the tabs: what is in a tab that was never opened is not on the page
-        rows = watched(lambda: session.mixer_revision, timer)
-        pictures = watched(lambda: draft.revision, timer)
+        rows = Drawing.of("rows", lambda: session.mixer_revision, timer)
+        pictures = Drawing.of("pictures", lambda: draft.revision, timer)
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Generate", id="generate-tab"):
                 making = generate.create(session, timer, rows)

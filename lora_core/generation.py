@@ -42,6 +42,7 @@ class GenerationRequest:
     width, height   pixels, multiples of 8; None is the model's own size
     count           pictures, each with the next seed
     mixes           one weights-dict per picture instead; these pictures share their seed, to be compared
+    seeds           with mixes: a seed for each picture in place of the shared one
     """
 
     prompt: str
@@ -54,6 +55,7 @@ class GenerationRequest:
     count: int = 1
     sampler: str | None = None
     mixes: tuple[Weights, ...] | list[Weights] | None = None
+    seeds: tuple[int, ...] | list[int] | None = None
 
     def __post_init__(self) -> None:
         for name, text in (("prompt", self.prompt), ("negative_prompt", self.negative_prompt)):
@@ -77,6 +79,8 @@ class GenerationRequest:
             raise ConfigError(f"sampler = {_kind(self.sampler)} is unknown.{hint}")
         if self.mixes is not None:
             self._check_mixes(self.mixes)
+        if self.seeds is not None:
+            self._check_seeds(self.seeds)
 
     def _check_mixes(self, mixes: tuple[Weights, ...] | list[Weights]) -> None:
         if not isinstance(mixes, tuple | list) or not all(isinstance(mix, Mapping) for mix in mixes):
@@ -93,6 +97,19 @@ class GenerationRequest:
         object.__setattr__(
             self, "mixes", tuple(dict(mix) for mix in mixes)
         )  # a request never changes afterwards
+
+    def _check_seeds(self, seeds: tuple[int, ...] | list[int]) -> None:
+        if self.mixes is None:
+            raise ConfigError(
+                "seeds go with mixes, one for each. Give mixes too, or seed and count for seeds that follow one another."
+            )
+        if not isinstance(seeds, tuple | list) or len(seeds) != len(self.mixes):
+            raise ConfigError(
+                f"seeds is {_kind(seeds)}; a list with one seed for each of the {len(self.mixes)} mixes was expected."
+            )
+        for i, seed in enumerate(seeds):
+            _whole(f"seeds[{i}]", seed, 0, MAX_SEED, "a picture among others needs a fixed one")
+        object.__setattr__(self, "seeds", tuple(seeds))
 
 
 Steps = tuple[tuple[int, dict[str, float | dict[str, Any]]], ...]

@@ -7,10 +7,17 @@ weights = [0, 0.5, 1]          # one picture per factor, side by side; leave out
 
 [loras]
 "runs/demo/demo.safetensors" = 0.8
+
+Or a contact sheet, in place of `weights` and `count`:
+
+sheet = "loras"                # a row per LoRA, worn alone; or "seeds": a row per seed, with all LoRAs
+sheet_weights = [0, 0.5, 1]    # a column each: the LoRA's weight; or, with "seeds", the factor on all weights
+sheet_seeds = [1, 2, 3]        # the rows of "seeds"; left out, three that begin with `seed`
 """
 
 from __future__ import annotations
 
+import random
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -20,11 +27,16 @@ from typing import Any
 
 from PIL import Image
 
+from lora_core.contact_sheet import Cell, cells_of_loras, cells_of_seeds, checked, rendered, sheet
 from lora_core.errors import ConfigError, LoraError, did_you_mean
 from lora_core.generation import GenerationRequest, free_name, save_png
 from lora_core.mix import AdapterWeight, WeightValue
 from lora_core.pipeline import LivePipeline
 from lora_core.safe_files import write_atomic
+
+SHEETS = ("loras", "seeds")
+SHEET_WEIGHTS = (0.0, 0.5, 1.0)
+_LISTS = ("weights", "sheet_weights", "sheet_seeds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +53,9 @@ class Recipe:
     height: int | None = None
     loras: dict[str, WeightValue] = field(default_factory=dict)
     weights: tuple[float, ...] = ()
+    sheet: str | None = None
+    sheet_weights: tuple[float, ...] = ()
+    sheet_seeds: tuple[int, ...] = ()
     fuse: bool = False
     out: Path = Path("outputs")
 
@@ -63,9 +78,12 @@ class Recipe:
         if not isinstance(loras, dict):
             raise ConfigError(f'{path.name}: [loras] must be a table, such as "cat.safetensors" = 0.8.')
         table["loras"] = {str(path.parent / name): weight for name, weight in loras.items()}
-        for name in ("weights", "out"):
-            if name in table:
-                table[name] = tuple(table[name]) if name == "weights" else Path(table[name])
+        for name in _LISTS:
+            if not isinstance(table.setdefault(name, []), list):
+                raise ConfigError(f"{path.name}: {name} must be a list, such as {name} = [0, 1, 2].")
+            table[name] = tuple(table[name])
+        if "out" in table:
+            table["out"] = Path(table["out"])
         return cls(**table)
 
     def with_flags(self, flags: Mapping[str, Any]) -> Recipe:
@@ -73,8 +91,7 @@ class Recipe:
         given = {
             f.name: flags[f.name] for f in fields(self) if flags.get(f.name) is not None and f.name != "loras"
         }
-        if "weights" in given:
-            given["weights"] = tuple(given["weights"])
+        given |= {name: tuple(given[name]) for name in _LISTS if name in given}
         loras = {**self.loras, **dict(split_weight(text) for text in flags.get("lora") or ())}
         return replace(self, **given, loras=loras)
 
@@ -94,6 +111,33 @@ class Recipe:
             mixes=mixes,
         )
 
+    def cells(self) -> list[Cell]:
+        """Of its contact sheet; none for a recipe without one. Raises ConfigError."""
+        if self.sheet is None:
+            for name in ("sheet_weights", "sheet_seeds"):
+                if getattr(self, name):
+                    raise ConfigError(
+                        f'{name} needs a contact sheet: give sheet as well, "loras" or "seeds".'
+                    )
+            return []
+        if self.sheet not in SHEETS:
+            raise ConfigError(f"sheet = {self.sheet!r} is unknown.{did_you_mean(str(self.sheet), SHEETS)}")
+        for name, given in (("weights", self.weights), ("count", self.count != 1), ("fuse", self.fuse)):
+            if given:
+                raise ConfigError(
+                    f"{name} does not go with sheet, whose pictures have a weight each. Leave one of them out."
+                )
+        if not self.loras:
+            raise ConfigError("A contact sheet needs a LoRA to weigh: give --lora FILE.")
+        names = {Path(file).stem: weight for file, weight in self.loras.items()}
+        weights = self.sheet_weights or SHEET_WEIGHTS
+        seed = self.seed if self.seed >= 0 else random.randrange(2**32)
+        if self.sheet == "seeds":
+            return cells_of_seeds(self.sheet_seeds or range(seed, seed + 3), names, weights)
+        if self.sheet_seeds:
+            raise ConfigError('sheet_seeds are the rows of sheet = "seeds"; with "loras", give the one seed.')
+        return cells_of_loras(list(names), weights, seed)
+
 
 def split_weight(text: str) -> tuple[str, float]:
     """ "file.safetensors:0.8" -> file, weight. A colon without a number after it belongs to the path (C:\\...)."""
@@ -107,6 +151,9 @@ def make(recipe: Recipe) -> Iterator[str]:
     Yields one line for each thing done.
     """
     request = recipe.request(None)  # a missing prompt is said before minutes of loading
+    cells = recipe.cells()
+    if cells:
+        checked(request, cells)
     pipe = LivePipeline.open(recipe.base)
     yield f"{pipe.base_name}: {pipe.family.title}"
     names: dict[str, WeightValue] = {}
@@ -127,18 +174,20 @@ def make(recipe: Recipe) -> Iterator[str]:
     elif recipe.fuse:
         pipe.fuse()
         yield "fused into the base weights"
-    pictures = pipe.generate(request)
     folder = recipe.out
     folder.mkdir(parents=True, exist_ok=True)
-    for picture in pictures:
+    pictures = []
+    for picture in rendered(pipe, request, cells) if cells else pipe.generate(request):
         path = free_name(folder, picture)
         save_png(picture, path)
+        pictures.append(picture)
         yield f"{path} (seed {picture.seed}{f', {picture.weights}' if picture.weights else ''})"
-    if len(pictures) > 1:
-        path = free_name(folder, pictures[0], "strip")
-        strip = _strip([p.image for p in pictures])
-        write_atomic(path, lambda target: strip.save(target, "PNG"))
-        yield f"{path} (side by side)"
+    if cells or len(pictures) > 1:
+        columns = len(recipe.sheet_weights or SHEET_WEIGHTS)
+        page = sheet(pictures, cells, columns) if cells else _strip([p.image for p in pictures])
+        path = free_name(folder, pictures[0], "sheet" if cells else "strip")
+        write_atomic(path, lambda target: page.save(target, "PNG"))
+        yield f"{path} ({'contact sheet' if cells else 'side by side'})"
     if names:
         pipe.unload()
         yield f"unloaded; {pipe.verify_base()}"

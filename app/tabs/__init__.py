@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -12,12 +13,45 @@ import gradio as gr
 AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
 
-def watched(revision: Callable[[], int], timer: gr.Timer) -> gr.Number:
-    """A number that follows `revision()`, for `gr.render` to draw anew by; to be made outside the tabs.
+@dataclass(frozen=True)
+class Drawing:
+    """A part of the page that `gr.render` draws anew whenever a number on the server changes.
 
-    Not a `gr.State`: that one lies on the server, draws nothing unless its event was queued, and believes that what
-    was lost on the way has been seen. Outside, for what is in a tab comes onto the page when the tab is first opened,
-    and a number that changes while it is being put there tells nobody."""
-    seen = gr.Number(-1, precision=0, visible="hidden")
-    timer.tick(lambda at: gr.skip() if at == revision() else revision(), seen, seen, **AT_ONCE)
-    return seen
+        drawing = Drawing.of("rows", lambda: session.mixer_revision, timer)     outside the tabs
+        @gr.render(**drawing.by)
+        def rows(at: int) -> None:
+            drawing.drawn(at)
+
+    The number is a component and not a `gr.State`: that one lies on the server, draws nothing unless its event was
+    queued, and believes that what was lost on the way has been seen. And `gr.render` has to go through the queue, whose
+    answers can be lost: so what is drawn carries its number, and page.js asks again where the two differ for long.
+    """
+
+    name: str
+    wanted: gr.Number
+    again: gr.Button
+
+    @classmethod
+    def of(cls, name: str, revision: Callable[[], int], timer: gr.Timer) -> Drawing:
+        """Outside the tabs: what is in a tab comes onto the page when the tab is first opened."""
+        wanted = gr.Number(-1, precision=0, visible="hidden", elem_id=f"{name}-wanted")
+        again = gr.Button("Draw again", visible="hidden", elem_id=f"{name}-again")
+        timer.tick(lambda at: gr.skip() if at == revision() else revision(), wanted, wanted, **AT_ONCE)
+        return cls(name, wanted, again)
+
+    @property
+    def by(self) -> dict[str, Any]:
+        """`multiple`: a drawing whose answer was lost would keep all later ones waiting."""
+        return {
+            "inputs": self.wanted,
+            "triggers": [self.wanted.change, self.again.click],
+            "trigger_mode": "multiple",
+            "show_progress": "hidden",
+        }
+
+    def drawn(self, at: int) -> None:
+        gr.HTML(
+            f'<span id="{self.name}-drawn" data-revision="{at}"></span>',
+            key=f"{self.name}-drawn",
+            padding=False,
+        )

@@ -12,14 +12,14 @@ import gradio as gr
 from app.draft import Draft, Entry
 from app.pictures import data_uri
 from app.status import escape_lines
-from app.tabs import AT_ONCE
+from app.tabs import AT_ONCE, Drawing
 from trainers import presets
 from trainers.images import EXTENSIONS, open_image
 
 CAPTIONS_SHOWN = 40
 
 
-def create(draft: Draft, seen: gr.Number) -> dict[str, Any]:
+def create(draft: Draft, drawing: Drawing) -> dict[str, Any]:
     c: dict[str, Any] = {}
     gr.Markdown("### 1 · Pictures\n4 to 20 of one subject, in different places and lights.")
     with gr.Row():
@@ -38,8 +38,9 @@ def create(draft: Draft, seen: gr.Number) -> dict[str, Any]:
         c["clear"] = gr.Button("Take all out", elem_id="train-clear", size="md", scale=1, min_width=100)
     c["problems"] = gr.HTML(elem_id="train-problems", padding=False)
 
-    @gr.render(inputs=seen, show_progress="hidden")
-    def thumbnails(_: int) -> None:
+    @gr.render(**drawing.by)
+    def thumbnails(at: int) -> None:
+        drawing.drawn(at)
         entries = draft.entries()
         if not entries:
             gr.HTML('<div class="empty">No pictures yet.</div>', key="no-pictures", padding=False)

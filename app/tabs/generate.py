@@ -14,7 +14,7 @@ from app.jobs import JobView
 from app.memory import Form
 from app.session import Session
 from app.status import message_html
-from app.tabs import AT_ONCE, mixer
+from app.tabs import AT_ONCE, Drawing, mixer
 from lora_core.errors import ConfigError
 from lora_core.parameters import parse_parameters
 from lora_core.samplers import SAMPLERS, samplers_of
@@ -23,7 +23,7 @@ OWN = "the model's own"
 NO_PICTURES = '<div class="empty">Pictures appear here. Describe one, and press Generate (Ctrl+Enter).</div>'
 
 
-def create(session: Session, timer: gr.Timer, rows: gr.Number) -> dict[str, Any]:
+def create(session: Session, timer: gr.Timer, rows: Drawing) -> dict[str, Any]:
     """-> the tab's components by name; the form's have the names of `memory.Form`."""
     c: dict[str, Any] = {}
     with gr.Row(equal_height=False):

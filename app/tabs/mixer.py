@@ -13,7 +13,7 @@ import gradio as gr
 
 from app.memory import Row
 from app.session import Session
-from app.tabs import AT_ONCE
+from app.tabs import AT_ONCE, Drawing
 
 EMPTY = (
     '<div class="empty">No LoRA is worn. Drop a <b>.safetensors</b> file anywhere on this page, choose one in the '
@@ -21,12 +21,13 @@ EMPTY = (
 )
 
 
-def create(session: Session, seen: gr.Number, prompt: gr.Textbox) -> dict[str, Any]:
+def create(session: Session, drawing: Drawing, prompt: gr.Textbox) -> dict[str, Any]:
     c: dict[str, Any] = {}
     gr.Markdown("### LoRAs", elem_id="mixer-title")
 
-    @gr.render(inputs=seen, show_progress="hidden")
-    def rows(_: int) -> None:
+    @gr.render(**drawing.by)
+    def rows(at: int) -> None:
+        drawing.drawn(at)
         if not session.rows:
             gr.HTML(EMPTY, key="empty", padding=False)
         for row in list(session.rows.values()):

@@ -15,7 +15,7 @@ from app.draft import Draft
 from app.plan import Plan, subject_prompt
 from app.session import Session
 from app.status import training_card
-from app.tabs import AT_ONCE, gather
+from app.tabs import AT_ONCE, Drawing, gather
 from app.training import TrainView
 from lora_core.errors import LoraError
 from trainers import presets
@@ -23,7 +23,7 @@ from trainers import presets
 NEWEST = "the newest"
 
 
-def create(session: Session, draft: Draft, timer: gr.Timer, pictures: gr.Number) -> dict[str, Any]:
+def create(session: Session, draft: Draft, timer: gr.Timer, pictures: Drawing) -> dict[str, Any]:
     c: dict[str, Any] = {}
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):

@@ -1,0 +1,151 @@
+"""Everything that one layer wears, stacked: two buffers of a bucket's size, the terms beside them, and the call.
+
+y = base(x) + ((x A_catᵀ) * w) B_catᵀ + the extras' terms          (see rack.py)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from lora_core.worn import Place, Worn, through, weight_shape
+
+BUCKETS = (0, 16, 32, 64, 128, 256)  # then multiples of 128: a compiled model sees few shapes
+
+
+def bucket(rank: int) -> int:
+    """The smallest bucket that holds `rank` slots."""
+    return next((b for b in BUCKETS if b >= rank), -(-rank // 128) * 128)
+
+
+class LayerRack:
+    """Everything worn by one layer, stacked in buffers of a bucket's size: a new LoRA is copied into its own slots."""
+
+    def __init__(self, layer: nn.Module, path: str) -> None:
+        self.layer, self.path, self.place = layer, path, Place.of(layer)
+        self.component = path.split(".", 1)[0]
+        self.conv = isinstance(layer, nn.Conv2d)
+        self.out, self.shape = weight_shape(layer)
+        self.worn: list[Worn] = []  # with empty factors: those lie in the buffers
+        self.ranks: list[int] = []
+        self.downs = self._empty(0, *self.shape)  # (capacity, in[, k, k])
+        self.ups = self._empty(0, self.out)  # (capacity, out): Bᵀ
+        self.handle: RemovableHandle | None = None
+        self.weights = torch.empty(0)  # (rows, slots), a view of the rack's buffer
+        self.idle = (
+            True  # every weight is 0: the hook returns at once, and the output is the base's, bit for bit
+        )
+        self.armed = (
+            False  # for a compiled model: the whole bucket is used, and nothing branches on what is worn
+        )
+        self.view()
+
+    # --- what is worn ---
+
+    def reserve(self, rank: int) -> None:
+        """Room for `rank` slots; what is worn stays. The only thing here that can run out of memory."""
+        used, size = sum(self.ranks), bucket(rank)
+        if size == len(self.downs) or (self.armed and size < len(self.downs)):
+            return
+        downs, ups = self._empty(size, *self.shape), self._empty(size, self.out)
+        downs[:used], ups[:used] = self.downs[:used], self.ups[:used]
+        downs[used:], ups[used:] = 0, 0
+        self.downs, self.ups = downs, ups
+        self.view()
+
+    def put(self, worn: Worn) -> None:
+        start = sum(self.ranks)
+        self.downs[start : start + worn.rank].copy_(worn.down)
+        self.ups[start : start + worn.rank].copy_(worn.up.T)
+        extras = tuple(e.to(self.place.device, self.place.dtype) for e in worn.extras)
+        self.worn.append(Worn(worn.name, worn.down[:0], worn.up[:, :0], extras))
+        self.ranks.append(worn.rank)
+        self.view()
+
+    def drop(self, name: str) -> None:
+        """Those behind it move up; `reserve` shrinks the buffer to its bucket."""
+        at = next((i for i, w in enumerate(self.worn) if w.name == name), None)
+        if at is None:
+            return
+        start, used, rank = sum(self.ranks[:at]), sum(self.ranks), self.ranks[at]
+        for buffer in (self.downs, self.ups):
+            buffer[start : used - rank] = buffer[start + rank : used].clone()
+            buffer[used - rank : used] = 0
+        del self.worn[at], self.ranks[at]
+        self.view()
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(*shape, device=self.place.device, dtype=self.place.dtype or torch.float32)
+
+    def view(self) -> None:
+        """The used part of the buffers, as the kernels want it: made here, so that a call makes nothing."""
+        used = len(self.downs) if self.armed else sum(self.ranks)
+        self.rank = used
+        self.extras = [e for w in self.worn for e in w.extras]
+        self.up = self.ups[:used]  # (R, out)
+        if self.conv:
+            self.down = self.downs[:used]
+            self.up_conv = self.up.T[:, :, None, None].contiguous()
+        else:
+            self.down = self.downs[:used].T  # (in, R)
+
+    def move(self, device: torch.device, dtype: torch.dtype) -> None:
+        """The layer has been found to compute elsewhere (offloading) or in another dtype (casting, quantisation)."""
+        self.place = Place(device, dtype)
+        self.downs, self.ups = self.downs.to(device, dtype), self.ups.to(device, dtype)
+        self.worn = [
+            Worn(w.name, w.down, w.up, tuple(e.to(device, dtype) for e in w.extras)) for w in self.worn
+        ]
+        self.view()
+
+    @property
+    def entries(self) -> list[tuple[str, int]]:
+        """(LoRA, slots), in the order of the slots: the ranks of all, then the extras of all."""
+        ranks = [(w.name, r) for w, r in zip(self.worn, self.ranks, strict=True) if r]
+        return ranks + [(w.name, 1) for w in self.worn for _ in w.extras]
+
+    @property
+    def slots(self) -> int:
+        return self.rank + len(self.extras)
+
+    # --- the call ---
+
+    def forward(self, x: Tensor, base_out: Tensor) -> Tensor:
+        """Writes into `base_out`, which the layer has just made, and returns it."""
+        w = self._rows(x.shape[0])
+        if x.dtype is not self.downs.dtype:  # autocast: the layer's own dtype
+            x = x.to(self.downs.dtype)
+        added = None
+        for i, extra in enumerate(self.extras):
+            weight = w[:, self.rank + i].to(base_out.dtype)
+            term = extra.term(self.layer, x, base_out).to(base_out.dtype)
+            term = term * weight.reshape(-1, *[1] * (base_out.dim() - 1))
+            added = term if added is None else added + term
+        out = self._factors(x, base_out, w) if self.rank else base_out
+        return out if added is None else out.add_(added)
+
+    def _factors(self, x: Tensor, base_out: Tensor, w: Tensor) -> Tensor:
+        if self.conv:
+            low = through(self.layer, x, self.down)
+            low.mul_(w[:, : self.rank, None, None])
+            return base_out.add_(F.conv2d(low, self.up_conv))
+        low = torch.mm(x.reshape(-1, x.shape[-1]), self.down)  # (N T, R)
+        if len(w) == 1:
+            low.mul_(w[:, : self.rank])  # fp32 times the layer's dtype, rounded once
+        else:
+            low.view(len(w), -1, self.rank).mul_(w[:, None, : self.rank])
+        if base_out.is_contiguous() and base_out.dtype is low.dtype:
+            base_out.view(-1, self.out).addmm_(low, self.up)
+            return base_out
+        return base_out.add_((low @ self.up).reshape(base_out.shape))
+
+    def _rows(self, batch: int) -> Tensor:
+        """One row for all, or one for each of the batch."""
+        rows = len(self.weights)
+        if rows in (1, batch):
+            return self.weights
+        if rows > batch:  # a text encoder, which sees no unconditional half
+            return self.weights[rows - batch :]
+        return self.weights.repeat(batch // rows, 1)
