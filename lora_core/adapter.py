@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -58,6 +58,18 @@ class Coverage:
     unused: tuple[str, ...]
     family: str | None
     by_component: dict[str, tuple[int, int]]
+
+    @classmethod
+    def of(cls, adapter: Adapter, layers: Container[str]) -> Coverage:
+        """`layers`: the adapter's paths that exist on the model."""
+        counts: dict[str, tuple[int, int]] = {}
+        for path in adapter.deltas:
+            component = path.split(".", 1)[0]
+            matched, total = counts.get(component, (0, 0))
+            counts[component] = (matched + (path in layers), total + 1)
+        absent = tuple(path for path in adapter.deltas if path not in layers)
+        matched = len(adapter.deltas) - len(absent)
+        return cls(matched, len(adapter.deltas), (*adapter.unused, *absent), adapter.family, counts)
 
     def __str__(self) -> str:
         parts = ", ".join(f"{c} {m} of {n}" for c, (m, n) in self.by_component.items())

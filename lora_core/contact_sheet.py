@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from lora_core.batch_size import batch_that_fits, ran_out_of_memory
 from lora_core.errors import ConfigError, LoraError
 from lora_core.generation import GeneratedImage, GenerationRequest
 from lora_core.mix import AdapterWeight, WeightValue
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from lora_core.denoise import OnStep
     from lora_core.pipeline import LivePipeline
 
-MAX_BATCH = 16  # beyond it a batch is hardly faster per picture, and a stop waits longer for its step
-USABLE = 0.8  # of the free memory: the rest is for what the estimate does not know
 MAX_PAGE = 4096  # pixels, of the pictures' side of a sheet
 GAP = 4  # pixels between pictures
 
@@ -192,9 +190,7 @@ def _or_no_memory(
     try:
         return pipe.generate(request, on_step=on_step)
     except RuntimeError as problem:
-        # on the CPU and on Apple's GPUs torch has no class for it
-        words = ("can't allocate memory", "not enough memory", "out of memory")
-        if not isinstance(problem, torch.OutOfMemoryError) and not any(w in str(problem) for w in words):
+        if not ran_out_of_memory(problem):
             raise
     # Only here, where the exception has let go of the tensors in its frames, is there something to give back.
     gc.collect()
@@ -215,46 +211,6 @@ def _decoding_one_by_one(vae: Any) -> Iterator[None]:
         yield
     finally:
         vae.use_slicing = before
-
-
-def batch_that_fits(pipe: LivePipeline, request: GenerationRequest) -> int:
-    """-> pictures (1..MAX_BATCH) that free memory has room for, by a rough estimate that errs towards few."""
-    parts = pipe.pipeline
-    scale, side = int(parts.vae_scale_factor), pipe.resolution
-    latent_cells = ((request.height or side) // scale) * ((request.width or side) // scale)
-    rows = 2 if request.guidance > 1 else 1
-    # Values alive at once, in maps of the first and widest-open level: about 12 skips and, in a feed-forward,
-    # 8 + 4 times the channels, with as much again for what lies between; the decoder keeps about 4 maps at full size.
-    denoising = rows * latent_cells * 32 * _channels(parts.unet)[0] * _bytes_per_value(parts.unet)
-    decoding = latent_cells * scale**2 * 4 * _channels(parts.vae)[:2][-1] * _bytes_per_value(parts.vae)
-    room = int(_free_bytes(torch.device(parts._execution_device)) * USABLE)
-    fitting = room // denoising
-    if getattr(parts.vae, "use_slicing", False):
-        fitting = (
-            fitting if decoding <= room else 1
-        )  # the decoding comes after the denoising, not on top of it
-    else:
-        fitting = min(fitting, room // decoding)
-    return max(1, min(MAX_BATCH, fitting))
-
-
-def _channels(model: Any) -> Sequence[int]:
-    return tuple(model.config.get("block_out_channels") or (320,))
-
-
-def _bytes_per_value(model: Any) -> int:
-    if model.config.get(
-        "force_upcast"
-    ):  # SDXL's decoder overflows in half precision and is widened for the decoding
-        return 4
-    return max(2, int(model.dtype.itemsize))  # fp8 is storage, not what is calculated in
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return int(psutil.virtual_memory().available)
-    ours = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept by torch for reuse
-    return int(torch.cuda.mem_get_info(device)[0]) + ours
 
 
 # --- the page ----------------------------------------------------------------------------------------------
@@ -280,13 +236,12 @@ def sheet(images: Sequence[GeneratedImage], cells: Sequence[Cell], columns: int)
     scale = min(1.0, MAX_PAGE / (columns * (width + GAP)), MAX_PAGE / (len(lines) * (height + GAP)))
     width, height = max(1, int(width * scale)), max(1, int(height * scale))
 
-    font = ImageFont.load_default(max(14, height // 24))
-    pad = font.size / 2
+    size = max(14, height // 24)
+    font = ImageFont.load_default(size)
+    pad = size / 2
     longest = max(font.getlength(line[0].row) for line in lines)
-    left = int(
-        2 * pad + min(longest, max(width, 12 * font.size))
-    )  # a long name does not push the pictures away
-    top = int(font.size + 2 * pad)
+    left = int(2 * pad + min(longest, max(width, 12 * size)))  # a long name does not push the pictures away
+    top = int(size + 2 * pad)
     page = Image.new(
         "RGB", (left + columns * (width + GAP) - GAP, top + len(lines) * (height + GAP) - GAP), "white"
     )

@@ -101,7 +101,7 @@ class GenerationRequest:
     def _check_seeds(self, seeds: tuple[int, ...] | list[int]) -> None:
         if self.mixes is None:
             raise ConfigError(
-                "seeds go with mixes, one for each. Give mixes too, or seed and count for seeds that follow one another."
+                "seeds go with mixes, one for each. Give mixes too, or seed and count for seeds in a row."
             )
         if not isinstance(seeds, tuple | list) or len(seeds) != len(self.mixes):
             raise ConfigError(

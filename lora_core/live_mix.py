@@ -15,9 +15,9 @@ from lora_core.config import LoraConfig
 from lora_core.deltas import Delta
 from lora_core.errors import ConfigError, LoraError, NotLoaded, did_you_mean
 from lora_core.families import Family, check_belongs
-from lora_core.formats import read_adapter
 from lora_core.mix import AdapterWeight, Mix, WeightValue, check_blocks
 from lora_core.rack import Rack
+from lora_core.shelf import Shelf
 from lora_core.targets import find_targets
 from lora_core.turnstile import Turnstile
 
@@ -57,6 +57,7 @@ class LiveMix:
         self._layers: dict[str, dict[str, nn.Module]] = {}  # name -> adapter path -> layer
         self._mix: Mix = {}
         self._rack = Rack()
+        self._shelf = Shelf()
         self._base = BaseWeights({**models, **others}, checkpoint)
         self._unet_paths = [f"unet.{n}" for n, _ in self.models["unet"].named_modules()]
         self._lock = Turnstile()  # guards all of this, and the generation that runs
@@ -69,15 +70,18 @@ class LiveMix:
         self, source: str | Path | Adapter, name: str | None = None, weight: WeightValue = 1.0
     ) -> Coverage:
         """Put a LoRA on the rack. Wrong family, wrong shapes or non-finite values raise and change nothing."""
-        adapter = source if isinstance(source, Adapter) else read_adapter(Path(source))
+        if isinstance(source, Adapter):
+            adapter = source
+            adapter.check_finite()
+        else:
+            adapter = self._shelf.get(source)  # which refuses what is not finite
         name = name or adapter.name or "lora"
         parsed = AdapterWeight.parse(name, weight)
-        adapter.check_finite()
         with self._lock:
             check_belongs(adapter, self.models, self.family)
             self._check_blocks(name, parsed)
             layers = resolve(adapter.deltas, self.models)
-            coverage = _coverage(adapter, layers)
+            coverage = Coverage.of(adapter, layers)
             if not layers:
                 raise LoraError(
                     f'None of the {coverage.total} layers of "{name}" exist in {self.base_name}: nothing was loaded.'
@@ -89,6 +93,10 @@ class LiveMix:
             self._show()
             self._touched()
         return coverage
+
+    def prefetch(self, *sources: str | Path) -> None:
+        """Read these LoRAs on a thread, so that `load` finds them in memory; what was used longest ago makes room."""
+        self._shelf.prefetch(*sources)
 
     def set_weights(self, weights: Mapping[str, WeightValue], *, only: bool = False) -> None:
         """Change the weights of loaded LoRAs; the others keep theirs, or go to 0 with `only`.
@@ -282,13 +290,3 @@ class LiveMix:
         with self._lock:
             self._unfuse()
             return self._base.heal()
-
-
-def _coverage(adapter: Adapter, layers: Mapping[str, nn.Module]) -> Coverage:
-    counts: dict[str, tuple[int, int]] = {}
-    for path in adapter.deltas:
-        component = path.split(".", 1)[0]
-        matched, total = counts.get(component, (0, 0))
-        counts[component] = (matched + (path in layers), total + 1)
-    absent = tuple(path for path in adapter.deltas if path not in layers)
-    return Coverage(len(layers), len(adapter.deltas), (*adapter.unused, *absent), adapter.family, counts)

@@ -75,6 +75,7 @@ class LivePipeline(LiveMix):
                 self._changed(weights, only=False)  # an unknown name is said before anything begins
             number = len(request.mixes) if request.mixes else request.count
             seeds = [first] * number if request.mixes else [first + i for i in range(number)]
+            seeds = list(request.seeds or seeds)
             self._run = _Run(self, request.mixes, number, request.guidance > 1)
             try:
                 pictures, histories = denoise(self.pipeline, request, seeds, self._run, on_step, on_latents)

@@ -37,6 +37,7 @@ class Rack:
         self._groups: list[_Group] = []  # one per component and device
         self._alive: list[bool] = []
         self._shown: tuple[Sequence[Mix], float, bool] = ([{}], 0.0, False)
+        self._lay_out()
 
     def load(self, name: str, adapter: Adapter, layers: Mapping[str, nn.Module]) -> None:
         """Put `adapter` on `layers` (adapter path -> module), none of which is fused, in place of what has its name.

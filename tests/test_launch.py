@@ -113,6 +113,33 @@ def test_one_picture_per_weight_and_the_way_back(
     assert np.abs(a - b).max() <= 1  # sums of another batch size, rounded to bytes
 
 
+def test_a_contact_sheet_and_its_cells(
+    tmp_path: Path, lora: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "--generate",
+        "--prompt",
+        "a dog",
+        "--steps",
+        "2",
+        "--lora",
+        f"{lora}:0.8",
+        "--out",
+        str(tmp_path),
+    ]
+    assert (
+        launch.main([*words, "--sheet", "seeds", "--sheet-seeds", "5", "6", "--sheet-weights", "0", "1"]) == 0
+    )
+    (page,) = tmp_path.glob("*-sheet.png")
+    assert page.name in capsys.readouterr().out
+    cells = sorted(set(tmp_path.glob("*.png")) - {page})
+    read = [parse_parameters(read_png_parameters(f)) for f in cells]
+    found = sorted((int(r["fields"]["Seed"]), r["loras"]["fox"]) for r in read)
+    assert found == [(5, 0), (5, 0.8), (6, 0), (6, 0.8)]
+    assert launch.main([*words, "--sheet", "rows"]) == 2
+    assert "seeds" in capsys.readouterr().err
+
+
 def test_recipe_and_flags(tmp_path: Path, lora: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(

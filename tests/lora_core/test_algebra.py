@@ -82,3 +82,22 @@ def test_fused_rounds_once() -> None:
     small = torch.full((4, 4), 0.003)
     one_by_one = (weight + small.bfloat16()) + small.bfloat16()
     assert bool((algebra.fused(weight, [(1.0, small), (1.0, small)]) > one_by_one).all())
+
+
+@pytest.mark.parametrize("kernel", [0, 3])
+def test_gram_inner_equals_dense(kernel: int) -> None:
+    _, down1, up1 = factors(40, 24, 4, kernel)
+    _, down2, up2 = factors(40, 24, 7, kernel)
+    one, other = algebra.low_rank(down1, up1, scale=1.0), algebra.low_rank(down2, up2, scale=1.0)
+    got = algebra.gram_inner(down1, up1, down2, up2)
+    assert got.dtype == torch.float32
+    assert got.item() == pytest.approx(float((one.double() * other.double()).sum()), rel=1e-5)
+    norm = algebra.gram_inner(down1, up1, down1, up1)
+    assert norm.item() == pytest.approx(float(one.double().square().sum()), rel=1e-5)
+
+
+def test_gram_inner_where_the_loras_cancel() -> None:
+    _, down, up = factors(320, 320, 8)
+    whole = algebra.gram_inner(down, up, down, up).item()
+    stacked = torch.cat([down, down, down]), torch.cat([0.7 * up, 0.3 * up, -up], dim=1)
+    assert abs(algebra.gram_inner(*stacked, *stacked).item()) < 1e-12 * whole
