@@ -11,7 +11,7 @@ from typing import Literal
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
-from playwright.sync_api import Browser, Page, Route, expect
+from playwright.sync_api import Browser, Page, expect
 
 from app.host import Host
 from app.session import Session
@@ -193,28 +193,6 @@ def test_what_is_dropped_on_train_goes_where_it_belongs_and_a_lora_brings_its_wo
     page.get_by_role("button", name="Add “zxq animal”").click()
     expect(page.locator("#prompt textarea")).to_have_value("a cat on a blue background, zxq animal")
     wait(lambda: session.wanted.form.prompt.endswith(", zxq animal"), "the prompt to be kept")
-
-
-def test_an_answer_lost_on_its_way_is_asked_for_again(
-    chrome: Browser, app: tuple[Session, Host], seen: Seen
-) -> None:
-    """The server has drawn the pictures, and what it said did not arrive."""
-    _, host = app
-    page = opened(chrome, host, seen)
-    page.get_by_role("tab", name="Train").click()
-    expect(page.locator("#train-upload")).to_be_visible()
-    page.wait_for_timeout(1000)  # for the drawing of the empty set
-    lost: list[str] = []
-
-    def lose(route: Route) -> None:
-        lost.append(route.request.url)
-        route.abort()
-
-    page.route("**/queue/data*", lose, times=1)
-    page.locator("#train-example").click()
-    expect(page.locator(".thumb")).to_have_count(5, timeout=30_000)
-    assert len(lost) == 1
-    seen.errors = [e for e in seen.errors if not re.search(r"ERR_FAILED|Failed to fetch|errored out", e)]
 
 
 def test_three_dropped_and_one_of_them_bad(
