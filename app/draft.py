@@ -55,9 +55,11 @@ class Draft:
         return [Entry(p, (read_caption(sidecar(p)).text or "") if sidecar(p).exists() else "") for p in found]
 
     def caption(self, name: str, text: str) -> None:
-        """An empty text takes the caption off, so that the picture has the prompt of all."""
-        path = sidecar(self.folder / _plain_name(name))
-        if text.strip():
+        """An empty text takes the caption off, so that the picture has the prompt of all. A late word about a picture
+        that was taken out is about nothing."""
+        picture = self.folder / _plain_name(name)
+        path = sidecar(picture)
+        if text.strip() and picture.exists():
             write_atomic(path, lambda target: _write(target, " ".join(text.split()) + "\n"))
         else:
             path.unlink(missing_ok=True)

@@ -42,6 +42,7 @@ class Page:
     theme: Any = None
     css: str = ""
     head: str = ""
+    routes: Any = None  # a fastapi.APIRouter beside Gradio's own routes
 
 
 MakePage = Callable[[], Page]
@@ -162,8 +163,11 @@ class Host:
 
         page = self._make_page()
         self.outputs.mkdir(parents=True, exist_ok=True)
+        ours = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+        if page.routes is not None:
+            ours.include_router(page.routes)
         app = gradio.mount_gradio_app(
-            FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
+            ours,
             page.blocks,
             path="/",
             server_name=self.host,

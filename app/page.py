@@ -6,37 +6,33 @@ Gradio is imported with this module and those it shows, so only `main` imports i
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 
 from app.draft import Draft
 from app.host import Page
+from app.live import routes
 from app.session import Session
 from app.status import status_html
-from app.tabs import AT_ONCE, Drawing, generate, library, train
+from app.tabs import AT_ONCE, Parts, generate, library, train
 from app.theme import CSS, HEAD, THEME, VEIL
-
-LOOK_S = 0.5  # how often the page asks what is new; answered with nothing when nothing is
 
 
 def create_ui(session: Session, draft: Draft) -> Page:
     """For `app.host` to serve. A tab is a function of the session."""
     with gr.Blocks(title="LoRA Loom", fill_width=True, analytics_enabled=False) as page:
-        timer = gr.Timer(LOOK_S)
+        parts = Parts()
         gr.HTML(VEIL, elem_id="veil-holder")
         gr.Markdown("# LoRA Loom", elem_id="title")
-        status = gr.HTML(status_html(session), elem_id="status", padding=False)
+        parts.html("status", lambda: status_html(session))
         drop = gr.UploadButton(
             "Add LoRA files", file_count="multiple", elem_id="drop", size="sm"
         )  # outside the tabs: what is in a tab that was never opened is not on the page
-        rows = Drawing.of("rows", lambda: session.mixer_revision, timer)
-        pictures = Drawing.of("pictures", lambda: draft.revision, timer)
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Generate", id="generate-tab"):
-                making = generate.create(session, timer, rows)
+                making = generate.create(session, parts)
             with gr.Tab("Train", id="train-tab"):
-                train.create(session, draft, timer, pictures)
+                train.create(session, draft, parts)
             with gr.Tab("Library", id="library-tab") as shelf:
                 found = library.create(session)
         shelf.select(found["look"], found["search"], found["outputs"], **AT_ONCE)
@@ -45,12 +41,6 @@ def create_ui(session: Session, draft: Draft) -> Page:
             session.drop([(Path(f), Path(f).name) for f in files or []])
 
         drop.upload(dropped, drop, None, **AT_ONCE)
-        said = gr.State("")
-
-        def look(before: str) -> Any:
-            now = status_html(session)
-            return (gr.skip(), gr.skip()) if now == before else (now, now)
-
-        timer.tick(look, said, [status, said], **AT_ONCE)
+        parts.finish()
         page.load(making["restore"], None, making["fields"], **AT_ONCE)
-    return Page(page, THEME, CSS, HEAD)
+    return Page(page, THEME, CSS, HEAD, routes(session, draft, parts.known))

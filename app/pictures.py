@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import threading
+from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image
 
 from lora_core.errors import LoraError
 from lora_core.generation import GeneratedImage, free_name, read_png_parameters, save_png
+from trainers.images import open_image
 
 SHOWN = 60
 
@@ -51,3 +53,13 @@ def data_uri(image: Image.Image, most: int = 512) -> str:
     image.thumbnail((most, most))
     image.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+@lru_cache(maxsize=1024)
+def thumbnail(path: Path, mtime_ns: int) -> bytes:
+    """A photograph as a JPEG of at most 144 pixels; decoded once for each state of the file (`mtime_ns`)."""
+    buffer = io.BytesIO()
+    image = open_image(path)
+    image.thumbnail((144, 144))
+    image.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()

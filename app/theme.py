@@ -11,7 +11,9 @@ import gradio as gr
 
 ASSETS = Path(__file__).parent / "assets"
 CSS = (ASSETS / "page.css").read_text(encoding="utf-8")
-HEAD = f"<script>{(ASSETS / 'page.js').read_text(encoding='utf-8')}</script>"
+HEAD = "".join(
+    f"<script>{(ASSETS / name).read_text(encoding='utf-8')}</script>" for name in ("page.js", "live.js")
+)
 VEIL = '<div id="veil" aria-hidden="true">Drop LoRA files (.safetensors) to check, keep and wear them</div>'
 
 FONT = ["system-ui", "-apple-system", "Segoe UI", "sans-serif"]

@@ -1,4 +1,4 @@
-// Dropping files anywhere on the page, the keys, and what was not drawn.
+// Dropping files anywhere on the page, and the keys.
 //
 // The window's drop keeps the files that fit: a mixed drop on Gradio's own zone refuses the good ones with the bad.
 // The veil is hidden in a capture listener, because zones inside the page stop the event on its way up.
@@ -30,20 +30,6 @@
     give('Choose pictures', files.filter(toLearn));
     give('Add LoRA files', files.filter(f => !toLearn(f)));
   });
-  // An answer of the server can be lost on its way; what it should have drawn is then asked for again (app/tabs).
-  const late = {};
-  setInterval(() => {
-    for (const [name, place] of [['rows', 'mixer-title'], ['pictures', 'train-upload']]) {
-      const wanted = document.querySelector(`#${name}-wanted input`)?.value;
-      const drawn = document.getElementById(`${name}-drawn`)?.dataset.revision;
-      const behind = wanted && wanted !== drawn && document.getElementById(place)?.checkVisibility();
-      late[name] = behind ? (late[name] || 0) + 1 : 0;
-      if (late[name] >= 4) {
-        late[name] = 0;
-        document.getElementById(`${name}-again`)?.click();
-      }
-    }
-  }, 500);
   window.addEventListener('keydown', e => {
     const press = id => {
       const button = document.getElementById(id);

@@ -1,57 +1,60 @@
-"""The tabs of the page, and how every event on it is wired."""
+"""The tabs of the page, how every event on it is wired, and the parts that change by themselves.
+
+Gradio's own ways are too dear for these. Its queue closes and opens an event stream as it likes, and an answer that
+falls between is lost for good; and each event of a `gr.Timer` makes the browser walk all components for every output
+any event ever had: an idle page cost a third of a core. So assets/live.js asks `app.live` what is new, some words
+twice a second, and only what has changed is drawn: sentences, rows and pictures by live.js itself, what Gradio draws
+(gallery, plot, which buttons may be pressed) by pressing a hidden button.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 import gradio as gr
 
-# Every handler answers at once (what lasts is the worker's or the training child's), so none needs Gradio's queue. Its
-# event stream closes and opens with every tick of the clock, and an answer that falls between is lost for good.
+# Every handler answers at once: what lasts is the worker's or the training child's.
 AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """A part of the page that `gr.render` draws anew whenever a number on the server changes.
+class Part:
+    """`mark` is anything whose text differs when the part should look different; `content` is what live.js draws,
+    None where Gradio does."""
 
-        drawing = Drawing.of("rows", lambda: session.mixer_revision, timer)     outside the tabs
-        @gr.render(**drawing.by)
-        def rows(at: int) -> None:
-            drawing.drawn(at)
+    mark: Callable[[], Any]
+    content: Callable[[], Any] | None
 
-    The number is a component and not a `gr.State`: that one lies on the server, draws nothing unless its event was
-    queued, and believes that what was lost on the way has been seen. And `gr.render` has to go through the queue, whose
-    answers can be lost: so what is drawn carries its number, and page.js asks again where the two differ for long.
-    """
 
-    name: str
-    wanted: gr.Number
-    again: gr.Button
+@dataclass
+class Parts:
+    """The parts of the page that change by themselves, by name."""
 
-    @classmethod
-    def of(cls, name: str, revision: Callable[[], int], timer: gr.Timer) -> Drawing:
-        """Outside the tabs: what is in a tab comes onto the page when the tab is first opened."""
-        wanted = gr.Number(-1, precision=0, visible="hidden", elem_id=f"{name}-wanted")
-        again = gr.Button("Draw again", visible="hidden", elem_id=f"{name}-again")
-        timer.tick(lambda at: gr.skip() if at == revision() else revision(), wanted, wanted, **AT_ONCE)
-        return cls(name, wanted, again)
+    known: dict[str, Part] = field(default_factory=dict)
+    _drawings: dict[str, tuple[Callable[..., Any], Sequence[Any]]] = field(default_factory=dict)
 
-    @property
-    def by(self) -> dict[str, Any]:
-        """`multiple`: a drawing whose answer was lost would keep all later ones waiting."""
-        return {
-            "inputs": self.wanted,
-            "triggers": [self.wanted.change, self.again.click],
-            "trigger_mode": "multiple",
-            "show_progress": "hidden",
-        }
+    def html(self, name: str, content: Callable[[], str], mark: Callable[[], Any] | None = None) -> None:
+        """A place for HTML of ours, filled at once and again whenever it differs."""
+        self.known[name] = Part(mark or content, content)
+        gr.HTML(f'<div data-live="{escape(name)}">{content()}</div>', elem_id=name, padding=False)
 
-    def drawn(self, at: int) -> None:
-        gr.HTML(
-            f'<span id="{self.name}-drawn" data-revision="{at}"></span>',
-            key=f"{self.name}-drawn",
-            padding=False,
-        )
+    def data(self, name: str, content: Callable[[], Any], mark: Callable[[], Any] | None = None) -> None:
+        """A place that live.js fills from JSON, by the function of that name."""
+        self.known[name] = Part(mark or content, content)
+        gr.HTML(f'<div data-live="{escape(name)}"></div>', elem_id=name, padding=False)
+
+    def drawn(
+        self, name: str, mark: Callable[[], Any], draw: Callable[[], Any], outputs: Sequence[Any]
+    ) -> None:
+        """Gradio's components `outputs`, set by `draw`."""
+        self.known[name] = Part(mark, None)
+        self._drawings[name] = (draw, outputs)
+
+    def finish(self) -> None:
+        """Once, outside the tabs: what is in a tab comes onto the page when the tab is first opened."""
+        for name, (draw, outputs) in self._drawings.items():
+            button = gr.Button(f"Draw {name}", visible="hidden", elem_id=f"draw-{name}")
+            button.click(draw, None, list(outputs), trigger_mode="always_last", **AT_ONCE)

@@ -14,7 +14,7 @@ from app.jobs import JobView
 from app.memory import Form
 from app.session import Session
 from app.status import message_html
-from app.tabs import AT_ONCE, Drawing, mixer
+from app.tabs import AT_ONCE, Parts, mixer
 from lora_core.errors import ConfigError
 from lora_core.parameters import parse_parameters
 from lora_core.samplers import SAMPLERS, samplers_of
@@ -23,17 +23,17 @@ OWN = "the model's own"
 NO_PICTURES = '<div class="empty">Pictures appear here. Describe one, and press Generate (Ctrl+Enter).</div>'
 
 
-def create(session: Session, timer: gr.Timer, rows: Drawing) -> dict[str, Any]:
+def create(session: Session, parts: Parts) -> dict[str, Any]:
     """-> the tab's components by name; the form's have the names of `memory.Form`."""
     c: dict[str, Any] = {}
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
             _base_picker(session, c)
             _form(session.wanted.form, c)
-            c |= mixer.create(session, rows, c["prompt"])
+            c |= mixer.create(session, parts)
         with gr.Column(scale=6, min_width=320):
-            _results(session, c)
-    _listen(session, timer, c)
+            _results(session, parts, c)
+    _listen(session, parts, c)
     return c
 
 
@@ -82,9 +82,12 @@ def _form(form: Form, c: dict[str, Any]) -> None:
 FORM = ("prompt", "negative_prompt", "seed", "steps", "guidance", "width", "height", "count", "sampler")
 
 
-def _results(session: Session, c: dict[str, Any]) -> None:
-    c["message"] = gr.HTML(elem_id="message", padding=False)
-    c["preview"] = gr.HTML(elem_id="preview", padding=False)
+def _results(session: Session, parts: Parts, c: dict[str, Any]) -> None:
+    worker = session.worker
+    parts.html("message", lambda: message_html(worker.view))
+    parts.html(
+        "preview", lambda: _stage_html(worker.view, session.pictures.newest()[:1]), lambda: worker.revision
+    )
     # Gradio's own picture of an empty gallery is an unlabelled image to a screen reader: ours is a sentence
     c["gallery"] = gr.Gallery(
         [str(path) for path in session.pictures.newest()],
@@ -103,7 +106,7 @@ def _results(session: Session, c: dict[str, Any]) -> None:
     c["reuse"] = gr.Button("Use these settings", elem_id="reuse", visible=False)
 
 
-def _listen(session: Session, timer: gr.Timer, c: dict[str, Any]) -> None:
+def _listen(session: Session, parts: Parts, c: dict[str, Any]) -> None:
     fields = [c[name] for name in FORM]
 
     for name, field in zip(FORM, fields, strict=True):
@@ -125,26 +128,23 @@ def _listen(session: Session, timer: gr.Timer, c: dict[str, Any]) -> None:
     c["stop"].click(session.worker.stop, None, None, **AT_ONCE)
     c["base"].input(lambda source: _void(session.choose_base(source)), c["base"], None, **AT_ONCE)
 
-    seen = gr.State(-1)
+    def samplers() -> list[str]:
+        return samplers_of(session.pipe.pipeline.scheduler) if session.pipe else list(SAMPLERS)
 
-    def look(revision: int) -> Any:
-        if revision == session.worker.revision:
-            return [gr.skip()] * 6
-        current, job = session.worker.revision, session.worker.view
+    def look() -> list[Any]:
         pictures = [str(path) for path in session.pictures.newest()]
-        own = session.pipe.pipeline.scheduler if session.pipe else None
-        names = samplers_of(own) if own is not None else list(SAMPLERS)
         return [
-            current,
-            _stage_html(job, session.pictures.newest()[:1]),
-            message_html(job),
-            gr.skip() if job.busy else gr.update(value=pictures, visible=bool(pictures)),
+            gr.update(value=pictures, visible=bool(pictures)),
             gr.update(choices=session.library.bases(), value=session.wanted.base),
-            gr.update(choices=[(OWN, ""), *((s, s) for s in names)]),
+            gr.update(choices=[(OWN, ""), *((s, s) for s in samplers())]),
         ]
 
-    outputs = [seen, c["preview"], c["message"], c["gallery"], c["base"], c["sampler"]]
-    timer.tick(look, seen, outputs, **AT_ONCE)
+    worker = session.worker
+
+    def mark() -> Any:
+        return [*map(str, session.pictures.newest()[:1]), session.wanted.base, samplers(), worker.view.busy]
+
+    parts.drawn("generate", mark, look, [c["gallery"], c["base"], c["sampler"]])
     built = session.wanted.form
 
     def restore() -> list[Any]:

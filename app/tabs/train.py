@@ -15,7 +15,7 @@ from app.draft import Draft
 from app.plan import Plan, subject_prompt
 from app.session import Session
 from app.status import training_card
-from app.tabs import AT_ONCE, Drawing, gather
+from app.tabs import AT_ONCE, Parts, gather
 from app.training import TrainView
 from lora_core.errors import LoraError
 from trainers import presets
@@ -23,15 +23,15 @@ from trainers import presets
 NEWEST = "the newest"
 
 
-def create(session: Session, draft: Draft, timer: gr.Timer, pictures: Drawing) -> dict[str, Any]:
+def create(session: Session, draft: Draft, parts: Parts) -> dict[str, Any]:
     c: dict[str, Any] = {}
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
-            gather.create(draft, pictures)
+            gather.create(draft, parts)
             _subject(session, c)
         with gr.Column(scale=6, min_width=320):
-            _running(c)
-    _listen(session, draft, timer, c)
+            _running(session, parts, c)
+    _listen(session, draft, parts, c)
     return c
 
 
@@ -75,8 +75,8 @@ def _about(preset: str) -> str:
     return next(text for name, _, text in presets.list_presets() if name == preset)
 
 
-def _running(c: dict[str, Any]) -> None:
-    c["card"] = gr.HTML(elem_id="train-card", padding=False)
+def _running(session: Session, parts: Parts, c: dict[str, Any]) -> None:
+    parts.html("train-card", lambda: training_card(session.training.view()))
     with gr.Column(visible=False) as c["during"]:  # nothing to press before there is a training
         _orders(c)
 
@@ -133,7 +133,7 @@ def _orders(c: dict[str, Any]) -> None:
     )
 
 
-def _listen(session: Session, draft: Draft, timer: gr.Timer, c: dict[str, Any]) -> None:
+def _listen(session: Session, draft: Draft, parts: Parts, c: dict[str, Any]) -> None:
     def words(token: str, noun: str) -> str:
         return subject_prompt(token, noun, session.wanted.base)
 
@@ -142,13 +142,17 @@ def _listen(session: Session, draft: Draft, timer: gr.Timer, c: dict[str, Any]) 
             words, [c["token"], c["noun"]], c["prompt"], trigger_mode="always_last", **AT_ONCE
         )
 
-    def of_preset(name: str) -> Any:
-        config = presets.load(name, ['data.images="."'])
-        return gr.update(info=_about(name)), config.train.steps, config.lora.rank, config.data.has_class
+    filled = gr.State("demo")
 
-    c["preset"].input(
-        of_preset, c["preset"], [c["preset"], c["steps"], c["rank"], c["keep_class"]], **AT_ONCE
-    )
+    def of_preset(name: str, before: str) -> Any:
+        """The list says `input` also when the focus leaves it: numbers typed since must not be written over."""
+        if name == before:
+            return [gr.skip()] * 5
+        config = presets.load(name, ['data.images="."'])
+        return name, gr.update(info=_about(name)), config.train.steps, config.lora.rank, config.data.has_class
+
+    of = [filled, c["preset"], c["steps"], c["rank"], c["keep_class"]]
+    c["preset"].input(of_preset, [c["preset"], filled], of, **AT_ONCE)
 
     answers = [c[n] for n in ("preset", "name", "noun", "prompt", "steps", "rank", "keep_class")]
 
@@ -173,9 +177,7 @@ def _listen(session: Session, draft: Draft, timer: gr.Timer, c: dict[str, Any]) 
         lambda chosen: _said(lambda: session.use_trained(_step(chosen))), c["step"], None, **AT_ONCE
     )
 
-    seen = gr.State(None)
     names = (
-        "card",
         "during",
         "pause",
         "save",
@@ -188,21 +190,18 @@ def _listen(session: Session, draft: Draft, timer: gr.Timer, c: dict[str, Any]) 
         "previews",
         "sheet",
     )
-    timer.tick(partial(_look, session), seen, [seen, *(c[n] for n in names)], **AT_ONCE)
+    parts.drawn(
+        "train", lambda: _mark(session.training.view()), partial(_look, session), [c[n] for n in names]
+    )
 
 
-def _look(session: Session, seen: Any) -> list[Any]:
+def _look(session: Session) -> list[Any]:
     view = session.training.view()
-    mark = _mark(view)
-    if mark == seen:
-        return [gr.skip()] * 13
     alive = view is not None and view.state in ("starting", "running", "paused")
     stepping = view is not None and view.state in ("running", "paused")
     paused = view is not None and view.state == "paused"
     points = view.losses if view else []
     return [
-        mark,
-        training_card(view),
         gr.update(visible=view is not None),
         gr.update(value="Go on" if paused else "Pause", interactive=stepping),
         gr.update(interactive=stepping),
@@ -232,7 +231,7 @@ def _previews(view: TrainView | None) -> list[tuple[str, str]]:
 
 
 def _mark(view: TrainView | None) -> Any:
-    """What must differ for the page to be sent anything; steps are shown in tens, the line above shows each."""
+    """What must differ for Gradio to draw; the curve grows in tens of steps, the card above tells each."""
     if view is None:
         return "none"
     return [

@@ -189,8 +189,8 @@ def test_what_is_dropped_on_train_goes_where_it_belongs_and_a_lora_brings_its_wo
     wait(lambda: set(session.rows) == {"ink"} and not session.worker.view.busy, "the LoRA in the mixer")
 
     page.get_by_role("tab", name="Generate").click()
-    page.get_by_role("button", name="Words of ink").click()
-    page.get_by_role("button", name="Add “zxq animal”").click()
+    page.get_by_label("Words of ink").click()
+    page.get_by_role("button", name="zxq animal", exact=True).click()
     expect(page.locator("#prompt textarea")).to_have_value("a cat on a blue background, zxq animal")
     wait(lambda: session.wanted.form.prompt.endswith(", zxq animal"), "the prompt to be kept")
 

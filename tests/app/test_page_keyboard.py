@@ -80,7 +80,7 @@ def test_the_main_path_by_keyboard_alone(tmp_path: Path) -> None:
         wait(lambda: "my-first-lora" in session.rows and not session.worker.view.busy, "the LoRA")
 
         press(page, "Generate")  # the tab: it comes before the button of that name
-        tab_to(page, "range slider for Weight of my-first-lora")
+        tab_to(page, "Weight of my-first-lora")
         for _ in range(4):
             page.keyboard.press("ArrowRight")
         wait(lambda: abs(session.rows["my-first-lora"].weight - 1.2) < 1e-6, "the slider")
