@@ -150,7 +150,8 @@ def _listen(session: Session, parts: Parts, c: dict[str, Any]) -> None:
     def restore() -> list[Any]:
         """Only what has changed since the page was put together: a quick user's first words are not written over."""
         form = session.wanted.form
-        return [gr.skip()] * len(FORM) if form == built else [getattr(form, name) for name in FORM]
+        pairs = [(getattr(form, name), getattr(built, name)) for name in FORM]
+        return [gr.skip() if now == then else now for now, then in pairs]
 
     c["restore"] = restore
     c["fields"] = fields

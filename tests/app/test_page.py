@@ -126,6 +126,7 @@ def test_every_control_reaches_the_request(chrome: Browser, app: tuple[Session, 
     page = opened(chrome, host, seen)
     page.locator("#prompt textarea").fill("a dog on a red background")
     page.locator("#more > button").click()
+    page.wait_for_timeout(500)  # Gradio puts the fields up after they are seen; nobody else types so soon
     page.locator("#negative textarea, #negative input").first.fill("blurry")
     numbers = {"steps": "7", "guidance": "3.5", "seed": "11", "count": "2", "width": "72", "height": "80"}
     for name, value in numbers.items():
