@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,8 +53,10 @@ def test_each_cell_is_the_picture_of_a_run_of_its_own(live: LivePipeline, batch:
         assert (
             pixels(picture) - pixels(alone(live, cell))
         ).abs().max() <= 1  # sums of another batch size, in bytes
-    different = {bytes(p.image.tobytes()) for p in pictures}
-    assert len(different) == 7  # both LoRAs at 0 is the same picture
+    far = [
+        (pixels(a) - pixels(b)).abs().max() > 1 for a, b in itertools.combinations(pictures, 2)
+    ]  # in other batches even the same picture may differ by a byte
+    assert far.count(False) == 1  # both LoRAs at 0 is the same picture, once from each
 
 
 def test_out_of_memory_halves_the_batch_and_keeps_what_is_done(
