@@ -32,7 +32,7 @@ class Rack:
 
     def __init__(self) -> None:
         self.layers: dict[str, LayerRack] = {}
-        self.enabled = True
+        self._enabled = True
         self._entries: list[tuple[str, LayerRack]] = []  # (LoRA, layer) in the order of the slots
         self._groups: list[_Group] = []  # one per component and device
         self._alive: list[bool] = []
@@ -65,6 +65,21 @@ class Rack:
                 self._hang(fresh[path])
             self.layers[path].put(worn)
         self._lay_out()
+
+    @property
+    def enabled(self) -> bool:
+        """Off while the mix is fused: then no layer carries a hook, but for those that a compiled model knows."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, on: bool) -> None:
+        self._enabled = on
+        for slot in self.layers.values():
+            if on and slot.handle is None:
+                self._hang(slot)
+            elif not on and slot.handle is not None and not slot.armed:
+                slot.handle.remove()
+                slot.handle = None
 
     def _hang(self, slot: LayerRack) -> LayerRack:
         self.layers[slot.path] = slot
@@ -192,7 +207,7 @@ class Rack:
 
     def _hook(self, slot: LayerRack) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
         def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if not self.enabled or (not slot.armed and slot.idle):
+            if not self._enabled or (not slot.armed and slot.idle):
                 return None
             x = inputs[0]
             if slot.place.dtype is None or slot.place.device != x.device:
