@@ -34,7 +34,7 @@ class Watched(Protocol):
 
 def routes(session: Session, draft: Draft, parts: Mapping[str, Watched]) -> APIRouter:
     """`POST /loom/news` {part: the mark it was drawn by} -> {part: [new mark, content]} of those that differ.
-    `POST /loom/row` {name, and one of on, weight, text, remove}; `POST /loom/picture` {name, and caption or
+    `POST /loom/row` {name, and one of on, weight, text, solo, remove}; `POST /loom/picture` {name, and caption or
     remove}; both -> {} or {problem}. `GET /loom/thumb/NAME` a picture of the draft, small."""
     api = APIRouter(prefix="/loom")
     server = token_hex(8)  # a page that another server has made loads itself anew
@@ -77,9 +77,11 @@ def _answer(act: Callable[[], None]) -> JSONResponse:
 
 def change_row(session: Session, said: dict[str, Any]) -> None:
     """Raises ConfigError for what is no change of a row. A row that has gone meanwhile is no fault."""
-    name, (what, value) = _change(said, ("on", "weight", "text", "remove"))
+    name, (what, value) = _change(said, ("on", "weight", "text", "solo", "remove"))
     if what == "remove":
         session.remove(name)
+    elif what == "solo":
+        session.play_alone(name)
     elif what == "on":
         session.set_row(name, on=bool(value))
     else:
@@ -95,15 +97,17 @@ def change_picture(draft: Draft, said: dict[str, Any]) -> None:
 
 
 def rows_data(session: Session) -> list[dict[str, Any]]:
-    return [_row_data(row) for row in list(session.rows.values())]
+    return [_row_data(row, session.wanted.solo) for row in list(session.rows.values())]
 
 
-def _row_data(row: Row) -> dict[str, Any]:
+def _row_data(row: Row, solo: str) -> dict[str, Any]:
     return {
         "name": row.name,
         "on": row.on,
         "weight": row.weight,
         "text": row.text,
+        "solo": row.name == solo,
+        "silent": not row.on or solo not in ("", row.name),
         "aside": row.aside,
         "facts": row.facts,
         "words": list(row.triggers),

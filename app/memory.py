@@ -79,6 +79,8 @@ class Wanted:
     rows: dict[str, Row] = field(default_factory=dict)
     form: Form = field(default_factory=Form)
     fused: bool = False
+    auto: bool = False  # fused by itself once the mix has stood still
+    solo: str = ""  # the one LoRA that sounds; empty: all do
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
@@ -86,6 +88,7 @@ class Wanted:
         wanted = cls(
             str(data.get("base", "demo")), {r.name: r for r in rows}, _known(Form, data.get("form", {}))
         )
+        wanted.auto = data.get("auto") is True
         wanted.rows = {n: r.changed(triggers=tuple(r.triggers)) for n, r in wanted.rows.items()}
         return wanted
 
@@ -117,6 +120,7 @@ def write_wanted(path: Path, wanted: Wanted) -> None:
             "base": wanted.base,
             "rows": [dataclasses.asdict(row) for row in wanted.rows.values()],
             "form": dataclasses.asdict(wanted.form),
+            "auto": wanted.auto,
         },
         indent=1,
     )

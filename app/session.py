@@ -8,27 +8,26 @@ brings the pipeline to what is wanted when its turn comes.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from app import making, wearing
 from app.draft import Draft
-from app.gpu_lease import leased
 from app.jobs import Job, Worker
 from app.library import Library
 from app.memory import Row, Wanted, read_wanted, write_wanted
-from app.pictures import Pictures, data_uri
+from app.pictures import Pictures
 from app.plan import Plan, slug
 from app.training import Training
-from lora_core.adapter import Coverage
-from lora_core.errors import FileRefused, LoraError, WrongFamily
+from lora_core.errors import LoraError, NotLoaded
 from lora_core.generation import GenerationRequest
-from lora_core.mix import AdapterWeight
+from lora_core.mix import AdapterWeight, WeightValue
 from lora_core.pipeline import LivePipeline
 from lora_core.preview import LatentPreview
-from lora_core.safe_writes import copy_atomic
 
 
 class Session:
@@ -42,10 +41,10 @@ class Session:
         self.last_request: GenerationRequest | None = None
         self.mixer_revision = 0  # grows when rows come, go or are changed by anything but their own sliders
         self._memory = models / "session.json"
-        self._lock = threading.RLock()  # guards `wanted`
+        self.lock = threading.RLock()  # guards `wanted`
         self.wanted: Wanted = read_wanted(self._memory)
         if open_now:
-            self.worker.submit("Opening the model", lambda job: self._ready(job).base_name + " is open.")
+            self.worker.submit("Opening the model", lambda job: self.ready(job).base_name + " is open.")
 
     # --- what is wanted: at once, from any thread -----------------------------------------------------------
 
@@ -54,21 +53,49 @@ class Session:
         return self.wanted.rows
 
     def set_row(self, name: str, **changes: Any) -> None:
-        """weight, text or on of one row; a fused mix is live again, because fused weights cannot follow."""
-        with self._lock:
-            if name in self.rows:
-                self.rows[name] = self.rows[name].changed(**changes)
-                self.wanted.fused = False
-        self._changed()
+        """weight, text or on of one row. It acts at once, in a running generation from the next step on; a fused mix
+        is live again, because fused weights cannot follow."""
+        with self.lock:
+            if name not in self.rows:
+                return
+            self.rows[name] = self.rows[name].changed(**changes)
+            self.wanted.fused = False
+        self.mix_now()
+        self.changed()
+
+    def play_alone(self, name: str) -> None:
+        """Every other LoRA is silent, its weight remembered; the same name again, and all sound."""
+        with self.lock:
+            self.wanted.solo = "" if self.wanted.solo == name or name not in self.rows else name
+            self.wanted.fused = False
+        self.mix_now()
+        self.changed()
+
+    def mix_now(self) -> None:
+        """From the page's thread: waits for the step that runs, not for the picture. What is being opened or loaded
+        comes to what is wanted by itself."""
+        pipe = self.pipe
+        if pipe is not None:
+            with suppress(NotLoaded):  # taken off meanwhile
+                pipe.set_weights(self.weights(pipe))
+
+    def weights(self, pipe: LivePipeline) -> dict[str, WeightValue]:
+        with self.lock:
+            solo = self.wanted.solo
+            return {
+                name: row.value if solo in ("", name) else 0.0
+                for name, row in self.rows.items()
+                if name in pipe.loaded
+            }
 
     def remember(self, **fields: Any) -> None:
         """Fields of the Generate form, as the page last had them."""
-        with self._lock:
+        with self.lock:
             self.wanted.form = self.wanted.form.changed(**fields)
         self.save()
 
     def save(self) -> None:
-        with self._lock:
+        with self.lock:
             write_wanted(self._memory, self.wanted)
 
     def close(self) -> None:
@@ -76,7 +103,7 @@ class Session:
         self.worker.close()
         self.save()
 
-    def _changed(self, *, rows: bool = False) -> None:
+    def changed(self, *, rows: bool = False) -> None:
         self.mixer_revision += rows
         self.save()
         self.worker.changed()
@@ -88,15 +115,15 @@ class Session:
 
     def wear(self, names: Sequence[str]) -> Job:
         """LoRAs of the library into the mixer, at weight 1."""
-        return self.worker.submit(f"Loading {', '.join(names)}", lambda job: self._wear(names, job))
+        return self.worker.submit(f"Loading {', '.join(names)}", lambda job: wearing.wear(self, names, job))
 
     def drop(self, files: Sequence[tuple[Path, str]]) -> Job:
         """Uploaded files (where they lie, what they are called): the good ones are worn, the bad ones named."""
-        return self.worker.submit(f"Checking {len(files)} files", lambda job: self._drop(files, job))
+        return self.worker.submit(f"Checking {len(files)} files", lambda job: wearing.drop(self, files, job))
 
     def use(self, file: Path) -> Job:
         """A training's LoRA, finished or of any step: a copy goes into the library and is worn."""
-        return self.worker.submit(f"Loading {file.stem}", lambda job: self._use(file, job))
+        return self.worker.submit(f"Loading {file.stem}", lambda job: wearing.use(self, file, job))
 
     def use_trained(self, step: int | None = None) -> Job:
         """The LoRA of the training on show: the newest there is, or the one saved at `step`."""
@@ -125,12 +152,29 @@ class Session:
     def unfuse(self) -> Job:
         return self.worker.submit("Unfusing", self._unfuse)
 
+    def measure(self) -> Job:
+        return self.worker.submit("Measuring the mix", lambda job: making.measure(self, job))
+
+    def set_auto(self, on: bool) -> None:
+        """Whether the mix is fused by itself once it has stood still, and live again when touched."""
+        self.wanted.auto = on
+        if self.pipe is not None:
+            self.pipe.mode = "auto" if on else "live"
+        self.changed()
+
     def generate(self, request: GenerationRequest) -> Job:
-        return self.worker.submit("Making pictures", lambda job: self._generate(request, job))
+        return self.worker.submit("Making pictures", lambda job: making.generate(self, request, job))
+
+    def contact_sheet(self, request: GenerationRequest, kind: str, weights: Sequence[float]) -> Job:
+        """`kind` "loras": a row per LoRA of the mixer, worn alone; "seeds": three seeds, the whole mix times a factor.
+        Raises ConfigError for weights that are none."""
+        return self.worker.submit(
+            "Making a contact sheet", lambda job: making.contact_sheet(self, request, kind, weights, job)
+        )
 
     # --- on the worker's thread -----------------------------------------------------------------------------
 
-    def _ready(self, job: Job) -> LivePipeline:
+    def ready(self, job: Job) -> LivePipeline:
         """The pipeline, opened if it is not, with the LoRAs that are wanted."""
         if self.pipe is None:
             self._open(self.wanted.base, job)
@@ -162,10 +206,11 @@ class Session:
                 self._open("demo", job)
             raise
         self.pipe, self.wanted.base, self.wanted.fused = pipe, source, False
+        pipe.mode = "auto" if self.wanted.auto else "live"
         self.look = LatentPreview(pipe.pipeline.vae)
         self._load_rows(pipe)
         self._prove(pipe)
-        self._changed(rows=True)
+        self.changed(rows=True)
         aside = [row.name for row in self.rows.values() if row.aside]
         return f"{pipe.base_name} ({pipe.family.title}) is open." + (
             f" Set aside, because they do not fit it: {', '.join(aside)}." if aside else ""
@@ -176,58 +221,14 @@ class Session:
         for name, row in list(self.rows.items()):
             try:
                 coverage = pipe.load(row.file, name=name, weight=row.value)
-                self.rows[name] = row.changed(aside="", facts=_facts(coverage))
+                self.rows[name] = row.changed(aside="", facts=wearing.facts(coverage))
             except LoraError as problem:
                 self.rows[name] = row.changed(aside=str(problem))
 
-    def _wear(self, names: Sequence[str], job: Job) -> str:
-        pipe, said, problems = self._ready(job), [], []
-        for name in names:
-            try:
-                file = self.library.find(name)
-                if file.problem:
-                    raise FileRefused(file.problem)
-                coverage = pipe.load(file.path, name=file.name, weight=1.0)
-            except WrongFamily as problem:
-                problems.append(f"{name}: {problem} It is in the library for when such a model is open.")
-            except LoraError as problem:
-                problems.append(f"{name}: {problem}")
-            else:
-                with self._lock:
-                    self.rows[file.name] = Row(
-                        name=file.name, file=str(file.path), facts=_facts(coverage), triggers=file.triggers
-                    )
-                    self.wanted.fused = False
-                said.append(f"{file.name}: {coverage}.")
-        self._changed(rows=True)
-        if problems:
-            raise LoraError("\n".join([*problems, *said]))
-        return "\n".join(said)
-
-    def _drop(self, files: Sequence[tuple[Path, str]], job: Job) -> str:
-        names, problems = [], []
-        for path, filename in files:
-            try:
-                names.append(self.library.import_file(path, filename).name)
-            except LoraError as problem:
-                said = str(problem)
-                problems.append(said if said.startswith(filename) else f"{filename}: {said}")
-        try:
-            said = self._wear(names, job) if names else ""
-        except LoraError as problem:
-            problems.append(str(problem))
-            said = ""
-        if problems:
-            raise LoraError("\n".join([*problems, *filter(None, [said])]))
-        return said
-
-    def _use(self, file: Path, job: Job) -> str:
-        copy = self.library.root / f".{file.name}.copy"
-        copy_atomic(file, copy)
-        return self._wear([self.library.import_file(copy, file.name).name], job)
-
     def _remove(self, names: Sequence[str]) -> str:
-        with self._lock:
+        with self.lock:
+            if self.wanted.solo in names:
+                self.wanted.solo = ""
             for name in names:
                 self.rows.pop(name, None)
                 if self.pipe is not None and name in self.pipe.loaded:
@@ -235,65 +236,44 @@ class Session:
             self.wanted.fused = False
         if self.pipe is not None:
             self._prove(self.pipe)
-        self._changed(rows=True)
+        self.changed(rows=True)
         return f"Taken off: {', '.join(names)}. {self.seal}." if names else "There was no LoRA to take off."
 
-    def _apply(self, pipe: LivePipeline) -> None:
+    def apply(self, pipe: LivePipeline) -> None:
         """The weights of the mixer onto the pipeline, if they differ: setting them makes a fused mix live."""
-        with self._lock:
-            wanted = {name: row.value for name, row in self.rows.items() if name in pipe.loaded}
+        with self.lock:
             fused = self.wanted.fused
+        wanted = self.weights(pipe)
         if pipe.weights != {n: AdapterWeight.parse(n, v).plain for n, v in wanted.items()}:
             pipe.set_weights(wanted)
         if fused and not pipe.fused:
             pipe.fuse()
-        elif pipe.fused and not fused:
+        elif pipe.fused and not fused and pipe.mode != "auto":
             pipe.unfuse()
 
     def _fuse(self, job: Job) -> str:
-        pipe = self._ready(job)
+        pipe = self.ready(job)
         if not pipe.loaded:
             raise LoraError("There is no LoRA to fuse. Drop one onto the page, or load one from the library.")
         self.wanted.fused, self.seal = True, ""
         try:
-            self._apply(pipe)
+            self.apply(pipe)
         except LoraError:
             self.wanted.fused = False
             raise
-        self._changed()
+        self.changed()
         return "Fused into the base weights; unfusing brings them back, bit for bit."
 
     def _unfuse(self, job: Job) -> str:
-        pipe = self._ready(job)
+        pipe = self.ready(job)
         self.wanted.fused = False
-        self._apply(pipe)
+        self.apply(pipe)
         self._prove(pipe)
-        self._changed()
+        self.changed()
         return f"Live again. {self.seal}."
 
     def _prove(self, pipe: LivePipeline) -> None:
         self.seal = str(pipe.verify_base())
-
-    def _generate(self, request: GenerationRequest, job: Job) -> str:
-        job.show(steps=request.steps)
-        with leased(self.training, job.check):
-            pipe = self._ready(job)
-            self._apply(pipe)
-            self.last_request = request
-            made = pipe.generate(request, on_step=job.step, on_latents=self._preview_onto(job))
-        for picture in made:
-            self.pictures.keep(picture)
-        seeds = f"seed {made[0].seed}" + (f" to {made[-1].seed}" if len(made) > 1 else "")
-        return f"{len(made)} {'pictures' if len(made) > 1 else 'picture'} made, {seeds}."
-
-    def _preview_onto(self, job: Job) -> Callable[[torch.Tensor], None]:
-        return lambda latents: job.show(preview=data_uri(self.look.image(latents)))
-
-
-def _facts(coverage: Coverage) -> str:
-    return f"{coverage.matched} of {coverage.total} layers" + (
-        f", {len(coverage.unused)} keys not used" if coverage.unused else ""
-    )
 
 
 def _device() -> torch.device:

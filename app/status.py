@@ -25,11 +25,14 @@ def status_html(session: Session) -> str:
         if pipe
         else "<span>No model is open yet</span>"
     ]
-    if session.wanted.fused:
+    if session.wanted.fused or (pipe is not None and pipe.fused):
         parts.append('<span class="fused">LoRAs fused into the base</span>')
     elif pipe is not None and pipe.loaded:
-        parts.append(f'<span class="live">{len(pipe.loaded)} LoRA{"s" * (len(pipe.loaded) > 1)} live</span>')
-    if session.seal:
+        note = f' title="{escape(pipe.fusing_note)}"' if session.wanted.auto and pipe.fusing_note else ""
+        parts.append(
+            f'<span class="live"{note}>{len(pipe.loaded)} LoRA{"s" * (len(pipe.loaded) > 1)} live</span>'
+        )
+    if session.seal and not (pipe is not None and pipe.fused):
         broken = "" if session.seal.startswith("base verified") else " broken"
         short = escape(session.seal.split(" tensors equal")[0])
         parts.append(f'<span class="seal{broken}" title="{escape(session.seal)}, bit for bit">{short}</span>')

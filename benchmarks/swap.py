@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
         prog="python -m benchmarks.swap", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--size", choices=swap_models.SIZES, default="sd15")
+    parser.add_argument("--dtype", choices=swap_models.DTYPES, default="bfloat16", help="of the models")
     parser.add_argument("--only", nargs="+", choices=ROWS, metavar="NAME", help=", ".join(ROWS))
     parser.add_argument(
         "--repeats", type=positive, default=5, metavar="N", help="runs per median (default: 5)"
@@ -54,13 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
 
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder, quiet():
-        setting = Setting(options.size, options.repeats, options.swaps, Path(folder))
+        dtype = swap_models.DTYPES[options.dtype]
+        setting = Setting(options.size, dtype, options.repeats, options.swaps, Path(folder))
         for name, measure in ROWS.items():
             if options.only is None or name in options.only:
                 start = time.perf_counter()
                 rows += measure(setting)
                 print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    facts = {**machine(), "size": options.size, "dtype": str(swap_models.DTYPE).removeprefix("torch.")}
+    facts = {**machine(), "size": options.size, "dtype": options.dtype}
     print(f"\n{', '.join(f'{name}: {value}' for name, value in facts.items())}\n\n{table(rows)}")
     if options.json is not None:
         report = {"machine": facts, "rows": [row.as_json() for row in rows]}

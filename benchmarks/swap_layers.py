@@ -57,8 +57,8 @@ class Layers:
 
 @torch.no_grad()
 def operation_counts(setting: Setting) -> Iterator[Row]:
-    x = torch.randn(2, 32, generator=torch.Generator().manual_seed(0)).to(swap_models.DTYPE)
-    sides = Layers(setting, swap_models.DTYPE)
+    x = torch.randn(2, 32, generator=torch.Generator().manual_seed(0)).to(setting.dtype)
+    sides = Layers(setting, setting.dtype)
     for count in (1, 2, 3, 5):
         layers = sides.calls(x, count)
         bare, ours, peer = (operations(layers[name]) for name in ("bare", "ours", "peer"))

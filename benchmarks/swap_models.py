@@ -22,13 +22,16 @@ from lora_core.models import clip_tokenizer
 from tests.small_models import small_pipeline
 
 SIZES = ("tiny", "sd15", "sdxl")
-DTYPE = torch.bfloat16
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}  # without AMX or AVX512, the latter is the faster
 RANK = {"tiny": 4, "sd15": 16, "sdxl": 16}
 COMPONENTS = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"}
 NOISE = 1_000_003  # a prime, so that filling a matrix over and over with this noise repeats no row
 
 
-def base(size: str, dtype: torch.dtype = DTYPE) -> Any:
+def base(size: str, dtype: torch.dtype = torch.bfloat16) -> Any:
     """-> a diffusers pipeline. Everything but the VAE has the real size; no row depends on the decoder."""
     pipe = small_pipeline("sdxl" if size == "sdxl" else "sd1", dtype=dtype)
     if size == "tiny":
@@ -95,9 +98,9 @@ def write_lora(pipe: Any, path: Path, *, rank: int, seed: int) -> Path:
         key = prefixes[component] + inside.replace(".", "_")
         down = torch.randn(rank, layer.in_features, generator=generator) / layer.in_features**0.5
         up = torch.randn(layer.out_features, rank, generator=generator) * 0.6 / rank**0.5
-        tensors[f"{key}.lora_down.weight"] = down.to(layer.weight.dtype)
-        tensors[f"{key}.lora_up.weight"] = up.to(layer.weight.dtype)
-        tensors[f"{key}.alpha"] = torch.tensor(rank / 2, dtype=layer.weight.dtype)
+        tensors[f"{key}.lora_down.weight"] = down.half()
+        tensors[f"{key}.lora_up.weight"] = up.half()
+        tensors[f"{key}.alpha"] = torch.tensor(rank / 2, dtype=torch.float16)
     save_file(tensors, path)
     return path
 

@@ -30,6 +30,7 @@ class Setting:
     """size is one of swap_models.SIZES; swaps: rounds of the row of that name; folder: for LoRA files."""
 
     size: str
+    dtype: torch.dtype
     repeats: int
     swaps: int
     folder: Path
@@ -52,7 +53,7 @@ class Sides:
     """One base; three trees of modules over it: bare, ours, the peer's. A row leaves them without LoRAs."""
 
     def __init__(self, setting: Setting) -> None:
-        self.bare = swap_models.base(setting.size)
+        self.bare = swap_models.base(setting.size, setting.dtype)
         self.ours = LivePipeline(swap_models.twin(self.bare))
         self.peer = swap_models.twin(self.bare)
         rank = swap_models.RANK[setting.size]

@@ -142,11 +142,3 @@ def dora_delta(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(v, dim=over, keepdim=True)
     changed: Tensor = magnitude.float().reshape(norm.shape) * v / norm
     return changed - weight.float()
-
-
-def fused(weight: Tensor, deltas: list[tuple[float, Tensor]]) -> Tensor:
-    """round(fp32(W0) + sum w_i dW_i): one rounding, to W's dtype."""
-    total = weight.float()
-    for user_weight, delta in deltas:
-        total = total + user_weight * delta
-    return total.to(weight.dtype)

@@ -30,12 +30,10 @@ TOLERABLE_LOSS = 0.1  # of the LoRAs, rounded away: more than that, and "auto" s
 class Run(Protocol):
     """A generation that is going on."""
 
-    asked: Any  # a mix per picture, or None
+    own_weights: bool  # by mixes per picture or by the prompt
     progress: float  # 0..1
 
-    def show(self, progress: float) -> None:
-        """Put the mix of this progress onto the rack."""
-        ...
+    def show(self, progress: float) -> None: ...  # the mix of this progress onto the rack
 
 
 class LiveMix:
@@ -80,6 +78,7 @@ class LiveMix:
         with self._lock:
             check_belongs(adapter, self.models, self.family)
             self._check_blocks(name, parsed)
+            self._refuse_unfusable({**self._mix, name: parsed})
             layers = resolve(adapter.deltas, self.models)
             coverage = Coverage.of(adapter, layers)
             if not layers:
@@ -106,7 +105,9 @@ class LiveMix:
         thread, it acts from the next step on.
         """
         with self._lock:
-            self._mix = self._changed(weights, only=only)
+            mix = self._changed(weights, only=only)
+            self._refuse_unfusable(mix)
+            self._mix = mix
             self._unfuse()
             self._show()
             self._touched()
@@ -158,7 +159,7 @@ class LiveMix:
             return self._fuse()
 
     def _fuse(self) -> str:
-        self._refuse_fusing()
+        self._refuse_fusing(self._mix)
         self._unfuse()
         said = self._base.fuse(*self._changes())
         self._rack.enabled = not self._base.fused
@@ -176,16 +177,22 @@ class LiveMix:
                     layers[path] = layer
         return layers, changes
 
-    def _refuse_fusing(self) -> None:
-        for name, weight in self._mix.items():
+    def _refuse_unfusable(self, mix: Mix) -> None:
+        """In "fused" a mix that has no fused form is refused before anything has changed."""
+        if self._mode == "fused":
+            self._refuse_fusing(mix)
+
+    def _refuse_fusing(self, mix: Mix) -> None:
+        for name, weight in mix.items():
             if weight.moving or weight.half != "both":
                 what = "a curve over the steps" if weight.moving else "the prompt's half alone"
                 raise LoraError(
                     f'"{name}" is set to {what}, which fused weights cannot follow. Leave it live, or set it plainly.'
                 )
-        if self._run is not None and self._run.asked:
+        if self._run is not None and self._run.own_weights:
             raise LoraError(
-                "Pictures with a mix each are being made, and fusing would make them alike. Fuse when they are done."
+                "The pictures being made have weights of their own, which fusing would take from them. Fuse when they "
+                "are done."
             )
 
     def arm(self, rank: int = 64) -> None:
@@ -227,7 +234,8 @@ class LiveMix:
         if self._still is not None:
             self._still.cancel()
             self._still = None
-        if self._mode == "fused" and self._adapters and not self.fused:
+        own = self._run is not None and self._run.own_weights
+        if self._mode == "fused" and self._adapters and not self.fused and not own:
             self._fuse()
         elif self._mode == "auto" and self._adapters and not self.fused and self._run is None:
             self._still = threading.Timer(STILL_S, self._fuse_in_the_background)
@@ -240,7 +248,7 @@ class LiveMix:
             if self._still is not mine or self._run is not None or self._mode != "auto":
                 return
             try:
-                self._refuse_fusing()
+                self._refuse_fusing(self._mix)
                 lost = self._base.lost(*self._changes())
                 if lost > TOLERABLE_LOSS:
                     self.fusing_note = (

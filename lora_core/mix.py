@@ -57,12 +57,17 @@ class AdapterWeight:
 
     @classmethod
     def parse(
-        cls, name: str, value: float | Mapping[str, Any], before: AdapterWeight | None = None
+        cls,
+        name: str,
+        value: float | Mapping[str, Any] | AdapterWeight,
+        before: AdapterWeight | None = None,
     ) -> AdapterWeight:
-        """A number for everything, or a dict that changes what it names and leaves the rest as `before`.
+        """A number for everything, a dict that changes what it names and leaves the rest as `before`, or a whole one.
 
         A number drops blocks, curve and half. Raises ConfigError naming the LoRA and the setting.
         """
+        if isinstance(value, AdapterWeight):
+            return value
         if not isinstance(value, Mapping):
             number = _number(name, value)
             return cls(number, number, number)
@@ -127,7 +132,7 @@ class AdapterWeight:
 
 
 Mix = dict[str, AdapterWeight]
-WeightValue = float | Mapping[str, Any]
+WeightValue = float | Mapping[str, Any] | AdapterWeight
 
 
 # --- several LoRAs at once ---------------------------------------------------------------------------------

@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from lora_core.errors import ConfigError
+from lora_core.mix import AdapterWeight, WeightValue
 from lora_core.prompt_tags import TAG, read_tag
 
 if TYPE_CHECKING:
     from lora_core.generation import GenerationRequest
 
-Weights = Mapping[str, float | Mapping[str, Any]]  # LoRA name -> weight, or weights per component and block
+Weights = Mapping[str, WeightValue]  # LoRA name -> weight, or weights per component and block
 
 _EXACT = ("prompt", "negative_prompt", "loras", "lora_hashes")
 # Both take time in proportion to the text, whatever stands in it: names are short, no part is tried twice.
@@ -49,12 +50,14 @@ def parameters_text(
     model: str,
     model_hash: str | None = None,
     weights: Weights | None = None,
+    history: Sequence[tuple[int, Weights]] = (),
     lora_hashes: Mapping[str, str] | None = None,
 ) -> str:
-    """The text for one picture. `size` is (width, height) in pixels, `weights` what the LoRAs had,
+    """The text for one picture. `size` is (width, height) in pixels, `weights` what the LoRAs had
+    at the last step, `history` (step, weights) wherever they changed on the way (field `Lora steps`, JSON),
     `lora_hashes` the first 12 hex of each one's `sshs_model_hash`. `parse_parameters` gives back exactly
     what went in."""
-    loras = {name: dict(w) if isinstance(w, Mapping) else float(w) for name, w in (weights or {}).items()}
+    loras = {name: _said(weight) for name, weight in (weights or {}).items()}
     tags = [_tag(name, weight) for name, weight in loras.items()]
     lines = [" ".join(filter(None, [request.prompt, *tags]))]
     if request.negative_prompt:
@@ -72,6 +75,8 @@ def parameters_text(
             {"Lora hashes": ", ".join(f"{name}: {value}" for name, value in hashes.items())} if hashes else {}
         ),
     }
+    if len(history) > 1:
+        facts["Lora steps"] = json.dumps(history)
     text = _joined(lines, facts)
     meant = (request.prompt, request.negative_prompt, loras, hashes)
     read = parse_parameters(text)
@@ -171,6 +176,12 @@ def _unquoted(value: str) -> str:
         except ValueError:  # a foreign writer's quotes are not JSON's: keep them as they stand
             return value
     return value
+
+
+def _said(weight: WeightValue) -> float | dict[str, Any]:
+    if isinstance(weight, AdapterWeight):
+        return weight.plain
+    return dict(weight) if isinstance(weight, Mapping) else float(weight)
 
 
 def _tag(name: str, weight: float | Mapping[str, Any]) -> str:

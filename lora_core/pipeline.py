@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ from lora_core.denoise import OnLatents, OnStep, denoise
 from lora_core.errors import LoraError
 from lora_core.families import family_of_unet
 from lora_core.generation import GeneratedImage, GenerationRequest, Steps, Weights, parameters_text
-from lora_core.live_mix import LiveMix
+from lora_core.measured_mix import MeasuredMix
 from lora_core.mix import Mix
 from lora_core.models import OpenedBase, open_base
+from lora_core.prompt_tags import split_tags
 from lora_core.samplers import sampler_name
 
 
-class LivePipeline(LiveMix):
-    """Wraps any StableDiffusion(XL)Pipeline: a LiveMix on its models, and pictures."""
+class LivePipeline(MeasuredMix):
+    """Wraps any StableDiffusion(XL)Pipeline: a mix on its models, and pictures."""
 
     def __init__(self, pipeline: Any, *, opened: OpenedBase | None = None) -> None:
         models = {c: getattr(pipeline, c) for c in COMPONENTS if getattr(pipeline, c, None) is not None}
@@ -63,7 +65,12 @@ class LivePipeline(LiveMix):
         After each denoising step `on_latents` sees the latents (for a preview; not to be changed), then
         `on_step(step, steps)` is called; returning False raises `Stopped`. Changes of the mix that another thread
         asked for meanwhile are made then, and act from the next step on.
+
+        <lora:NAME:0.8> in the prompt (prompt_tags) weighs a loaded LoRA for these pictures alone; a fused mix goes
+        back to the rack first, as with any change.
         """
+        prompt, tags = split_tags(request.prompt)
+        request = replace(request, prompt=prompt)
         with self._generating, self._lock, torch.no_grad():
             first = random.randrange(2**32) if request.seed is None or request.seed < 0 else request.seed
             if request.mixes and self.fused:
@@ -71,13 +78,15 @@ class LivePipeline(LiveMix):
                     "The LoRAs are fused into the model, which makes every picture of a batch alike; a mix per picture "
                     "needs them live. Unfuse first."
                 )
-            for weights in request.mixes or ():
+            for weights in (tags, *(request.mixes or ())):
                 self._changed(weights, only=False)  # an unknown name is said before anything begins
             number = len(request.mixes) if request.mixes else request.count
             seeds = [first] * number if request.mixes else [first + i for i in range(number)]
             seeds = list(request.seeds or seeds)
-            self._run = _Run(self, request.mixes, number, request.guidance > 1)
+            self._run = _Run(self, tags, request.mixes, number, request.guidance > 1)
             try:
+                if tags:
+                    self._unfuse()
                 pictures, histories = denoise(self.pipeline, request, seeds, self._run, on_step, on_latents)
             finally:
                 self._run = None
@@ -116,6 +125,7 @@ class LivePipeline(LiveMix):
             model=self.base_name,
             model_hash=self.opened.model_hash if self.opened else None,
             weights=history[-1][1],
+            history=history,
             lora_hashes=hashes,
         )
 
@@ -124,9 +134,15 @@ class _Run:
     """The generation that runs: `denoise` asks it what is worn, and the mix tells it what has changed."""
 
     def __init__(
-        self, live: LivePipeline, asked: Sequence[Weights] | None, number: int, guided: bool
+        self,
+        live: LivePipeline,
+        tags: Weights,
+        asked: Sequence[Weights] | None,
+        number: int,
+        guided: bool,
     ) -> None:
-        self.live, self.asked, self.number, self.guided = live, asked, number, guided
+        self.live, self.tags, self.asked, self.number, self.guided = live, tags, asked, number, guided
+        self.own_weights = bool(tags or asked)
         self.progress = 0.0
         self.stopping = False
 
@@ -137,14 +153,14 @@ class _Run:
         return self.stopping
 
     def mixes(self) -> Sequence[Mix]:
-        """A LoRA that was taken off meanwhile is left out of the mixes asked for."""
+        """The prompt's weights over the mix's, a picture's own over both. A LoRA that was taken off meanwhile is left
+        out."""
         here = self.live._mix
-        if not self.asked:
-            return [here] * self.number
-        return [
-            self.live._changed({n: w for n, w in weights.items() if n in here}, only=False)
-            for weights in self.asked
+        each = [
+            self.live._changed({n: w for n, w in {**self.tags, **own}.items() if n in here}, only=False)
+            for own in self.asked or [{}]
         ]
+        return each if self.asked else each * self.number
 
     def show(self, progress: float) -> None:
         self.progress = progress

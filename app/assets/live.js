@@ -110,19 +110,21 @@
         make('summary', { 'aria-label': `Words of ${name}` }, 'Words and text weight'),
         make('div', { class: 'words' }),
         make('div', { class: 'lora-line' }, make('span', { class: 'lora-name' }, 'Text weight'), text, textField),
-        make('button', { class: 'plain', onclick: () => { text.dataset.mine = textField.dataset.mine = 0; send('row', `text${name}`, { name, text: null, }); } }, 'Follow the main weight'),
+        make('button', { class: 'plain solo', 'aria-label': `Only ${name}`, onclick: () => send('row', `solo${name}`, { name, solo: true }) }, 'Only this one'),
+        make('button', { class: 'plain follow', onclick: () => { text.dataset.mine = textField.dataset.mine = 0; send('row', `text${name}`, { name, text: null, }); } }, 'Follow the main weight'),
         make('span', { class: 'facts' })));
   };
   const updateRow = (e, row) => {
     const get = selector => e.querySelector(selector);
-    e.classList.toggle('off', !row.on);
+    e.classList.toggle('off', row.silent);
+    get('.solo').setAttribute('aria-pressed', String(row.solo));
     show(get('[type=checkbox]'), 'checked', row.on);
     show(get('.weight'), 'value', String(row.weight));
     show(get('.weight-number'), 'value', String(row.weight));
     const text = String(row.text ?? row.weight);
     show(get('.text'), 'value', text);
     show(get('.text-number'), 'value', text);
-    get('.plain').disabled = row.text === null;
+    get('.follow').disabled = row.text === null;
     get('.facts').textContent = row.facts;
     get('.aside').hidden = !row.aside;
     get('.aside').textContent = row.aside && `Set aside: ${row.aside}`;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -31,6 +32,7 @@ def create(session: Session, parts: Parts) -> dict[str, Any]:
             _base_picker(session, c)
             _form(session.wanted.form, c)
             c |= mixer.create(session, parts)
+            _sheet(c)
         with gr.Column(scale=6, min_width=320):
             _results(session, parts, c)
     _listen(session, parts, c)
@@ -79,6 +81,20 @@ def _form(form: Form, c: dict[str, Any]) -> None:
         )
 
 
+def _sheet(c: dict[str, Any]) -> None:
+    with gr.Accordion("Contact sheet", open=False, elem_id="sheet-more"):
+        c["sheet_kind"] = gr.Radio(
+            [("A row per LoRA, worn alone", "loras"), ("A row per seed, the whole mix", "seeds")],
+            value="loras",
+            label="Rows",
+            elem_id="sheet-kind",
+        )
+        c["sheet_weights"] = gr.Textbox(
+            "0, 0.5, 1", label="Columns", info="Weights, or factors on the mix", elem_id="sheet-weights"
+        )
+        c["make_sheet"] = gr.Button("Make the sheet", elem_id="make-sheet", size="sm")
+
+
 FORM = ("prompt", "negative_prompt", "seed", "steps", "guidance", "width", "height", "count", "sampler")
 
 
@@ -125,6 +141,17 @@ def _listen(session: Session, parts: Parts, c: dict[str, Any]) -> None:
         session.remember(**named)
 
     gr.on([c["generate"].click, c["prompt"].submit], generate, fields, None, **AT_ONCE)
+
+    def make_sheet(kind: str, weights: str, *values: Any) -> None:
+        try:
+            numbers = _numbers(weights)
+            request = session.wanted.form.changed(**_form_values(values)).request()
+        except ConfigError as problem:
+            raise gr.Error(str(problem), print_exception=False) from None
+        session.contact_sheet(request, kind, numbers)
+
+    given = [c["sheet_kind"], c["sheet_weights"], *fields]
+    c["make_sheet"].click(make_sheet, given, None, **AT_ONCE)
     c["stop"].click(session.worker.stop, None, None, **AT_ONCE)
     c["base"].input(lambda source: _void(session.choose_base(source)), c["base"], None, **AT_ONCE)
 
@@ -190,6 +217,17 @@ def settings_of(text: str) -> dict[str, Any]:
     if facts.get("Sampler") in SAMPLERS:
         values["sampler"] = facts["Sampler"]
     return values
+
+
+def _numbers(text: str) -> list[float]:
+    """ "0, 0.5, 1" -> its numbers. Raises ConfigError."""
+    try:
+        numbers = [float(part) for part in text.replace(";", ",").split(",") if part.strip()]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise ConfigError(f"“{text}” are no weights. Write numbers with commas between them: 0, 0.5, 1")
+    return numbers
 
 
 def _remember(session: Session, name: str, value: Any) -> None:

@@ -95,7 +95,7 @@ def test_a_change_of_a_row_arrives_and_is_seen(
         ({"name": "ink", "weight": True}, "no weight"),
         ({"name": "ink", "weight": None}, "no weight"),
         ({"name": "ink", "weight": 10.5}, "outside -10 to 10"),
-        ({"name": "ink", "file": "/etc/passwd"}, "one of on, weight, text, remove"),
+        ({"name": "ink", "file": "/etc/passwd"}, "one of on, weight, text, solo, remove"),
         ({"name": "ink", "weight": 1, "on": True}, "one of"),
         ({"weight": 1}, "A name"),
         ({"name": ["ink"], "weight": 1}, "A name"),

@@ -13,7 +13,9 @@ from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
+from app.draft import Draft
 from app.host import Host
+from app.page import create_ui
 from app.session import Session
 from app.training import Training
 from lora_core import LivePipeline, write_adapter
@@ -213,6 +215,73 @@ def test_three_dropped_and_one_of_them_bad(
     expect(page.get_by_role("slider", name="Weight of ink").first).to_be_visible()
     expect(page.get_by_role("slider", name="Weight of glow").first).to_be_visible()
     expect(page.locator("#veil")).to_be_hidden()
+
+
+def test_what_the_mixer_can_do_besides(
+    chrome: Browser, app: tuple[Session, Host], seen: Seen, tmp_path: Path
+) -> None:
+    """Only one, measured, a contact sheet, fused by itself; a weight typed in, and one that is none."""
+    session, host = app
+    session.drop(
+        [
+            (demo_lora(tmp_path / f"{n}.safetensors", i), f"{n}.safetensors")
+            for i, n in enumerate(("ink", "glow"))
+        ]
+    )
+    session.remember(prompt="a dog", steps=2)
+    page = opened(chrome, host, seen)
+    wait(lambda: len(session.rows) == 2 and not session.worker.view.busy, "two LoRAs in the mixer")
+    assert session.pipe is not None
+    pipe = session.pipe
+    field = page.get_by_label("Weight of ink, as a number", exact=True)
+    field.fill("2.5")
+    wait(lambda: pipe.weights["ink"] == 2.5, "the typed weight")
+    field.fill("11")  # outside what a weight may be: marked by the browser, and not sent
+    page.wait_for_timeout(700)
+    assert pipe.weights["ink"] == 2.5
+    page.get_by_label("Words of glow").click()
+    page.get_by_role("button", name="Only glow").click()
+    wait(lambda: pipe.weights == {"ink": 0.0, "glow": 1.0}, "glow alone")
+    page.get_by_role("button", name="Only glow").click()
+    wait(lambda: pipe.weights == {"ink": 2.5, "glow": 1.0}, "both")
+    after(session, page, "Measure")
+    expect(page.locator("#message")).to_contain_text("Moved furthest", timeout=10_000)
+    page.locator("#sheet-more > button").click()
+    page.locator("#sheet-weights input, #sheet-weights textarea").first.wait_for()
+    page.wait_for_timeout(500)  # Gradio puts the fields up after they are seen; nobody else types so soon
+    page.locator("#sheet-weights input, #sheet-weights textarea").first.fill("0; 1")
+    page.locator("#make-sheet").click()
+    expect(page.locator("#message")).to_contain_text("2 rows of 2", timeout=120_000)
+    assert len(session.pictures.newest()) == 5
+    page.locator("#auto input").check()
+    wait(lambda: pipe.fused, "fusing by itself", 60)
+    expect(page.locator("#status")).to_contain_text("fused into the base", timeout=10_000)
+
+
+def test_the_page_of_a_server_that_went_finds_the_next_one(
+    chrome: Browser, app: tuple[Session, Host], seen: Seen, tmp_path: Path
+) -> None:
+    session, host = app
+    page = opened(chrome, host, seen)
+    page.locator("#prompt textarea").fill("a dog on a red background")
+    wait(lambda: session.wanted.form.prompt == "a dog on a red background", "the prompt to be kept")
+    host.stop()
+    expect(page.locator("#said")).to_contain_text("does not answer", timeout=30_000)
+    draft = Draft(tmp_path / "datasets")
+    again = Host(
+        lambda: create_ui(session, draft),
+        outputs=tmp_path / "outputs",
+        temporary=tmp_path / "tmp2",
+        port=host.port,
+    )
+    again.start()
+    try:
+        expect(page.locator("#said")).to_have_count(0, timeout=30_000)
+        expect(page.locator("#prompt textarea")).to_have_value("a dog on a red background", timeout=60_000)
+        generate(page, session)
+    finally:
+        again.stop()
+    seen.errors = [e for e in seen.errors if not re.search(r"ERR_|Failed to fetch|errored out|AbortError", e)]
 
 
 def test_reload_in_the_middle_of_a_picture(chrome: Browser, app: tuple[Session, Host], seen: Seen) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,10 @@ from PIL import Image
 
 from app.jobs import Job
 from app.session import Session
+from app.status import status_html
 from lora_core import LivePipeline, write_adapter
 from lora_core.models import DEMO
+from lora_core.parameters import parse_parameters
 from tests.lora_core.test_pipeline import random_adapter
 from tests.small_models import small_pipeline
 
@@ -41,6 +45,13 @@ def done(job: Job, state: str = "done") -> str:
     assert job.done.wait(120)
     assert job.view.state == state, job.view.message
     return job.view.message
+
+
+def until(true: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def drop(session: Session, files: Path, tmp_path: Path, *names: str) -> Job:
@@ -84,6 +95,95 @@ def test_there_and_back_is_the_same_picture(session: Session, files: Path, tmp_p
     assert picture(session) == first
     assert len({first, both, less}) == 3
     assert fused != first
+
+
+def test_a_slider_acts_at_once_and_in_the_picture_being_made(
+    session: Session, files: Path, tmp_path: Path
+) -> None:
+    done(drop(session, files, tmp_path, "ink", "glow"))
+    pipe = session.pipe
+    assert pipe is not None
+    session.set_row("ink", weight=0.3)
+    assert pipe.weights["ink"] == 0.3
+    session.remember(prompt="a dog", steps=60)
+    job = session.generate(session.wanted.form.request())
+    while job.view.step < 2:
+        assert not job.done.wait(0.01)
+    session.set_row("ink", weight=0.7)
+    assert not job.done.is_set()  # the page does not wait for the picture
+    done(job)
+    history = json.loads(parse_parameters(session.pictures.settings(0))["fields"]["Lora steps"])
+    assert [weights["ink"] for _, weights in history] == [0.3, 0.7]
+    assert history[1][0] > 2
+
+
+def test_one_alone_and_all_again(session: Session, files: Path, tmp_path: Path) -> None:
+    done(drop(session, files, tmp_path, "ink", "glow"))
+    assert session.pipe is not None
+    session.set_row("glow", weight=0.4)
+    session.play_alone("ink")
+    assert session.pipe.weights == {"ink": 1.0, "glow": 0.0}
+    assert session.rows["glow"].weight == 0.4
+    session.play_alone("glow")
+    assert session.pipe.weights == {"ink": 0.0, "glow": 0.4}
+    session.play_alone("glow")
+    assert session.pipe.weights == {"ink": 1.0, "glow": 0.4}
+    session.play_alone("ink")
+    done(session.remove("ink"))
+    picture(session)
+    assert session.pipe.weights == {"glow": 0.4}
+
+
+def test_a_lora_of_the_library_named_in_the_prompt_is_worn_for_that_picture(
+    session: Session, files: Path, tmp_path: Path
+) -> None:
+    plain = picture(session)
+    done(drop(session, files, tmp_path, "ink"))
+    worn = picture(session)
+    done(session.remove("ink"))
+    assert session.pipe is not None
+    session.remember(prompt="a dog on a red background <lora:ink:1>", steps=4)
+    done(session.generate(session.wanted.form.request()))
+    with Image.open(session.pictures.newest()[0]) as image:
+        assert image.tobytes() == worn
+    assert session.pipe.loaded == {}
+    session.remember(prompt="a dog <lora:inc:1>")
+    assert "ink" in done(session.generate(session.wanted.form.request()), "failed")
+    assert picture(session) == plain
+
+
+def test_a_contact_sheet_and_what_the_mix_does(session: Session, files: Path, tmp_path: Path) -> None:
+    session.remember(prompt="a dog", steps=2)
+    request = session.wanted.form.request()
+    assert "needs a LoRA" in done(session.contact_sheet(request, "loras", [0, 1]), "failed")
+    done(drop(session, files, tmp_path, "ink", "glow"))
+    done(session.fuse())
+    before = len(session.pictures.newest())
+    assert "2 rows of 2" in done(session.contact_sheet(request, "loras", [0, 1]))
+    assert len(session.pictures.newest()) == before + 5
+    with Image.open(session.pictures.newest()[0]) as page, Image.open(session.pictures.newest()[1]) as cell:
+        assert page.width > 2 * cell.width
+    assert "3 rows of 1" in done(session.contact_sheet(request, "seeds", [0.5]))
+    said = done(session.measure())
+    assert "Moved furthest" in said
+    assert "ink and glow overlap by" in said
+
+
+def test_auto_fuses_by_itself_and_a_slider_takes_it_back(
+    session: Session, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_core.live_mix.STILL_S", 0.05)
+    done(drop(session, files, tmp_path, "ink"))
+    pipe = session.pipe
+    assert pipe is not None
+    session.set_auto(True)
+    until(lambda: pipe.fused)
+    fused = picture(session)
+    assert "fused into the base" in status_html(session)
+    session.set_auto(False)
+    assert not pipe.fused
+    assert fused
+    assert "1 LoRA live" in status_html(session)
 
 
 def test_the_bad_files_are_named_and_the_good_ones_worn(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +17,9 @@ from torch._dynamo.testing import CompileCounter
 
 from lora_core import Adapter, GenerationRequest, LivePipeline
 from lora_core.adapter import weight_of
-from lora_core.errors import ConfigError, LoraError, Stopped
+from lora_core.errors import ConfigError, LoraError, NotLoaded, Stopped
 from lora_core.layer_rack import bucket
+from lora_core.parameters import parse_parameters
 from tests.lora_core.test_pipeline import (
     ALL,
     bits,
@@ -485,6 +487,110 @@ def test_pinned_to_fused_every_change_is_fused_again(live: LivePipeline) -> None
         live.mode = "frozen"  # type: ignore[assignment]
 
 
+def test_pinned_to_fused_what_has_no_fused_form_is_refused_before_anything_changes(
+    live: LivePipeline,
+) -> None:
+    live.mode = "fused"
+    before = outputs(live)
+    with pytest.raises(LoraError, match="curve over the steps"):
+        live.set_weights({"a": {"curve": [[0, 1], [1, 0]]}})
+    with pytest.raises(LoraError, match="half alone"):
+        live.load(random_adapter(live, 3), name="c", weight={"half": "conditional"})
+    assert (live.fused, live.weights, set(live.loaded)) == (True, {"a": 0.8, "b": 0.5}, {"a", "b"})
+    same_bits(outputs(live), before)
+
+
+def test_fused_no_layer_carries_a_hook(live: LivePipeline) -> None:
+    def hooks() -> int:
+        return sum(len(m._forward_hooks) for model in live.models.values() for m in model.modules())
+
+    worn, before = hooks(), outputs(live)
+    assert worn > 0
+    live.fuse()
+    assert hooks() == 0
+    live.unfuse()
+    assert hooks() == worn
+    same_bits(outputs(live), before)
+
+
+# --- LoRAs named in the prompt ---------------------------------------------------------------------------------
+
+
+def drawn(live: LivePipeline, prompt: str, **request: Any) -> Any:
+    (made,) = live.generate(GenerationRequest(prompt=prompt, steps=STEPS, seed=3, **request))
+    return made
+
+
+def test_a_tag_weighs_a_loaded_lora_for_this_picture_alone(live: LivePipeline) -> None:
+    tagged = drawn(live, "a cat <lora:a:0.3:0.6>, blurred")
+    assert live.weights == {"a": 0.8, "b": 0.5}
+    assert parse_parameters(tagged.parameters)["prompt"] == "a cat, blurred"
+    assert tagged.weights["a"] == {"unet": 0.6, "text_encoder": 0.3, "text_encoder_2": 0.3}
+    live.set_weights({"a": {"unet": 0.6, "text_encoder": 0.3}})
+    by_hand = drawn(live, "a cat, blurred")
+    assert by_hand.image.tobytes() == tagged.image.tobytes()
+    assert by_hand.parameters == tagged.parameters
+    assert drawn(live, "a cat, blurred <lora:a:0>").image.tobytes() != tagged.image.tobytes()
+
+
+def test_a_tag_for_a_lora_that_is_not_there_changes_nothing(live: LivePipeline) -> None:
+    live.fuse()
+    with pytest.raises(NotLoaded, match='"c"'):
+        drawn(live, "a cat <lora:c:1>")
+    assert live.fused
+
+
+def test_a_tag_makes_a_fused_mix_live_and_pinned_ones_are_fused_again(live: LivePipeline) -> None:
+    expected = drawn(live, "a cat <lora:a:0.1>").image.tobytes()
+    live.fuse()
+    assert drawn(live, "a cat <lora:a:0.1>").image.tobytes() == expected
+    assert not live.fused
+    live.mode = "fused"
+    assert drawn(live, "a cat <lora:a:0.1>").image.tobytes() == expected
+    assert live.fused
+    with pytest.raises(LoraError, match="weights of their own"):
+        latents_of(live, 1, live.fuse, prompt="a cat <lora:a:0.1>")
+
+
+def test_what_the_weights_were_at_each_step_is_in_the_picture(live: LivePipeline) -> None:
+    def on_step(step: int, _: int) -> bool:
+        if step == 2:
+            thread = threading.Thread(target=lambda: live.set_weights({"a": 0.1}))
+            thread.start()
+            until(lambda: live._lock._queue)
+        return True
+
+    (made,) = live.generate(GenerationRequest(prompt="a cat", steps=STEPS, seed=3), on_step=on_step)
+    fields = parse_parameters(made.parameters)["fields"]
+    assert json.loads(fields["Lora steps"]) == [[1, {"a": 0.8, "b": 0.5}], [3, {"a": 0.1, "b": 0.5}]]
+    assert parse_parameters(made.parameters)["loras"] == {"a": 0.1, "b": 0.5}
+    assert "Lora steps" not in drawn(live, "a cat").parameters
+
+
+# --- figures -----------------------------------------------------------------------------------------------
+
+
+def test_normalised_no_block_is_above_the_limit_and_the_others_are_as_they_were(live: LivePipeline) -> None:
+    before = live.strengths()
+    limit = sorted(before.values())[len(before) // 2]
+    assert "Brought down" in live.normalise(limit)
+    for block, figure in live.strengths().items():
+        assert figure == pytest.approx(min(before[block], limit), rel=1e-3), block
+    assert "No block" in live.normalise(limit)
+    live.fuse()
+    with pytest.raises(LoraError, match="Unfuse first"):
+        live.strengths()
+    with pytest.raises(LoraError, match="fused"):
+        live.overlaps()
+
+
+def test_a_lora_overlaps_itself_wholly(live: LivePipeline) -> None:
+    live.load(random_adapter(live, 1), name="again")
+    cosines = live.overlaps()
+    assert cosines["a", "again"] == pytest.approx(1.0, abs=1e-5)
+    assert abs(cosines["a", "b"]) < 0.9
+
+
 # --- wrong use ---------------------------------------------------------------------------------------------
 
 
@@ -493,7 +599,7 @@ def test_a_mix_per_picture_and_fused_weights_exclude_each_other(live: LivePipeli
     with pytest.raises(LoraError, match="Unfuse first"):
         live.generate(GenerationRequest(prompt="a cat", steps=2, mixes=[{"a": 0.0}, {"a": 1.0}]))
     live.unfuse()
-    with pytest.raises(LoraError, match="mix each"):
+    with pytest.raises(LoraError, match="weights of their own"):
         latents_of(live, 1, live.fuse, mixes=[{"a": 0.0}, {"a": 1.0}])
     with pytest.raises(ConfigError, match=r"down\.9.*Known: down, down\.0"):
         live.set_weights({"a": {"blocks": {"down.9": 1.0}}})

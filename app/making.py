@@ -1,0 +1,105 @@
+"""What the worker makes for the page: pictures, contact sheets, and figures about the mix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from random import randrange
+from typing import TYPE_CHECKING
+
+import torch
+
+from app.gpu_lease import leased
+from app.jobs import Job
+from app.pictures import data_uri
+from lora_core.burn import advice
+from lora_core.contact_sheet import cells_of_loras, cells_of_seeds, rendered, sheet
+from lora_core.errors import LoraError
+from lora_core.generation import GenerationRequest
+from lora_core.pipeline import LivePipeline
+from lora_core.prompt_tags import split_tags
+
+if TYPE_CHECKING:
+    from app.session import Session
+
+
+def measure(session: Session, job: Job) -> str:
+    """How far the mix moves the model, and which LoRAs pull the same way."""
+    pipe = session.ready(job)
+    if not pipe.loaded:
+        raise LoraError("There is no LoRA to measure. Drop one onto the page, or load one from the library.")
+    fused = pipe.fused
+    if fused:
+        pipe.unfuse()
+    session.mix_now()
+    strengths = pipe.strengths()
+    most = sorted(strengths, key=lambda block: -strengths[block])[:3]
+    said = [f"Moved furthest: {', '.join(f'{block} by {strengths[block]:.1%}' for block in most)}."]
+    said += [f"{a} and {b} overlap by {cosine:.2f}." for (a, b), cosine in pipe.overlaps().items()]
+    if fused:
+        session.apply(pipe)
+    return " ".join(filter(None, [*said, advice(strengths)]))
+
+
+def generate(session: Session, request: GenerationRequest, job: Job) -> str:
+    job.show(steps=request.steps)
+    with leased(session.training, job.check):
+        pipe = session.ready(job)
+        session.apply(pipe)
+        session.last_request = request
+        passing = _wear_for_now(session, pipe, request.prompt)
+        try:
+            made = pipe.generate(request, on_step=job.step, on_latents=_preview_onto(session, job))
+        finally:
+            for name in passing:
+                pipe.delete(name)
+            session.apply(pipe)
+    for picture in made:
+        session.pictures.keep(picture)
+    seeds = f"seed {made[0].seed}" + (f" to {made[-1].seed}" if len(made) > 1 else "")
+    return f"{len(made)} {'pictures' if len(made) > 1 else 'picture'} made, {seeds}."
+
+
+def contact_sheet(
+    session: Session, request: GenerationRequest, kind: str, weights: Sequence[float], job: Job
+) -> str:
+    with leased(session.training, job.check):
+        pipe = session.ready(job)
+        session.wanted.fused = False  # fused, all pictures of a batch would be alike
+        pipe.unfuse()
+        session.apply(pipe)
+        worn = {name: value for name, value in session.weights(pipe).items() if session.rows[name].on}
+        if not worn:
+            raise LoraError("A contact sheet needs a LoRA to weigh. Drop one onto the page, or turn one on.")
+        seed = request.seed if request.seed is not None and request.seed >= 0 else randrange(2**32)
+        cells = (
+            cells_of_loras(list(worn), weights, seed)
+            if kind == "loras"
+            else cells_of_seeds(range(seed, seed + 3), worn, weights)
+        )
+        pictures = []
+        for picture in rendered(pipe, replace(request, count=1), cells, on_step=job.step):
+            session.pictures.keep(picture)
+            pictures.append(picture)
+    page = sheet(pictures, cells, len(weights))
+    session.pictures.keep(replace(pictures[0], image=page))
+    return f"A sheet of {len(cells)} pictures: {len(cells) // len(weights)} rows of {len(weights)}."
+
+
+def _wear_for_now(session: Session, pipe: LivePipeline, prompt: str) -> list[str]:
+    """LoRAs of the library that the prompt names, <lora:ink:0.8>, and that are not in the mixer."""
+    passing: list[str] = []
+    try:
+        for name in split_tags(prompt)[1]:
+            if name not in pipe.loaded:
+                pipe.load(session.library.find(name).path, name=name, weight=0.0)
+                passing.append(name)
+    except LoraError:
+        for name in passing:
+            pipe.delete(name)
+        raise
+    return passing
+
+
+def _preview_onto(session: Session, job: Job) -> Callable[[torch.Tensor], None]:
+    return lambda latents: job.show(preview=data_uri(session.look.image(latents)))

@@ -1,0 +1,71 @@
+"""How LoRAs come into the mixer: from the library, from a drop onto the page, from a training. Jobs of the worker."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from app.jobs import Job
+from app.memory import Row
+from lora_core.adapter import Coverage
+from lora_core.errors import FileRefused, LoraError, WrongFamily
+from lora_core.safe_writes import copy_atomic
+
+if TYPE_CHECKING:
+    from app.session import Session
+
+
+def wear(session: Session, names: Sequence[str], job: Job) -> str:
+    pipe, said, problems = session.ready(job), [], []
+    for name in names:
+        try:
+            file = session.library.find(name)
+            if file.problem:
+                raise FileRefused(file.problem)
+            coverage = pipe.load(file.path, name=file.name, weight=1.0)
+        except WrongFamily as problem:
+            problems.append(f"{name}: {problem} It is in the library for when such a model is open.")
+        except LoraError as problem:
+            problems.append(f"{name}: {problem}")
+        else:
+            with session.lock:
+                session.rows[file.name] = Row(
+                    name=file.name, file=str(file.path), facts=facts(coverage), triggers=file.triggers
+                )
+                session.wanted.fused = False
+            said.append(f"{file.name}: {coverage}.")
+    session.changed(rows=True)
+    if problems:
+        raise LoraError("\n".join([*problems, *said]))
+    return "\n".join(said)
+
+
+def drop(session: Session, files: Sequence[tuple[Path, str]], job: Job) -> str:
+    names, problems = [], []
+    for path, filename in files:
+        try:
+            names.append(session.library.import_file(path, filename).name)
+        except LoraError as problem:
+            said = str(problem)
+            problems.append(said if said.startswith(filename) else f"{filename}: {said}")
+    try:
+        said = wear(session, names, job) if names else ""
+    except LoraError as problem:
+        problems.append(str(problem))
+        said = ""
+    if problems:
+        raise LoraError("\n".join([*problems, *filter(None, [said])]))
+    return said
+
+
+def use(session: Session, file: Path, job: Job) -> str:
+    copy = session.library.root / f".{file.name}.copy"
+    copy_atomic(file, copy)
+    return wear(session, [session.library.import_file(copy, file.name).name], job)
+
+
+def facts(coverage: Coverage) -> str:
+    return f"{coverage.matched} of {coverage.total} layers" + (
+        f", {len(coverage.unused)} keys not used" if coverage.unused else ""
+    )

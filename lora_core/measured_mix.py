@@ -1,0 +1,40 @@
+"""A LiveMix that can say what it does to the models (burn.py)."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+from lora_core import burn
+from lora_core.errors import LoraError
+from lora_core.live_mix import LiveMix
+
+
+class MeasuredMix(LiveMix):
+    """How strong the mix is, per block, and which LoRAs pull the same way."""
+
+    def strengths(self) -> dict[str, float]:
+        """How far the mix moves the weights, |Σ w ΔW| / |W| per block: see burn.strength, burn.advice. Raises
+        LoraError while the mix is fused, for the layers must hold W0."""
+        with self._lock:
+            if self.fused:
+                raise LoraError("How strong the mix is cannot be measured while it is fused. Unfuse first.")
+            return burn.strength(*self._changes())
+
+    def normalise(self, limit: float = burn.LIMIT) -> str:
+        """Bring every block that is moved further than `limit` down to it -> a sentence. See burn.normalised."""
+        with self._lock:
+            strengths = self.strengths()
+            said = burn.advice(strengths, limit)
+            paths = [path for own in self._layers.values() for path in own]
+            self.set_weights(burn.normalised(self._mix, strengths, limit, paths=paths))
+            return f"Brought down to {limit:.0%}: {said}" if said else f"No block is above {limit:.0%}."
+
+    def overlaps(self) -> dict[tuple[str, str], float]:
+        """The cosine between each two loaded LoRAs at weight 1 (burn.overlap), by their names."""
+        with self._lock:
+            if self.fused:
+                raise LoraError("LoRAs cannot be compared while they are fused. Unfuse first.")
+            return {
+                (a, b): burn.overlap(self._adapters[a], self._adapters[b], self._layers[a]).cosine
+                for a, b in combinations(self._adapters, 2)
+            }
