@@ -45,7 +45,7 @@ _WHERE = {
     "host": "kept in main memory",
     "checkpoint": "read again from the checkpoint",
 }
-CHUNK = 2**20  # elements of a layer that are summed in fp32 at a time: they stay in the processor's cache
+CHUNK = 2**22  # elements of a layer that are summed in fp32 at a time, 16 MB: fewer calls than with less, and faster
 SAMPLED = 8  # layers that `lost` looks at
 Reference = Callable[[], Iterator[tuple[str, str, Tensor]]]  # component, parameter name, tensor
 
@@ -210,13 +210,17 @@ def fold(target: Tensor, w0: Tensor, worn: Sequence[tuple[float, Worn]]) -> None
     up = torch.cat([w * one.up.float() for w, one in worn], dim=1) if worn else None  # (out, R)
     flat_w0, flat_target = w0.flatten(1), target.detach().view(len(target), -1)
     step = max(1, CHUNK // flat_w0.shape[1])
+    scratch = torch.empty(min(step, len(flat_w0)), flat_w0.shape[1], device=w0.device)
+    many = any(one.extras for _, one in worn)
     for start in range(0, len(flat_w0), step):
         rows = slice(start, min(start + step, len(flat_w0)))
-        original = flat_w0[rows].float()
-        total = original if down is None or up is None else torch.addmm(original, up[rows], down)
+        total = scratch[: rows.stop - rows.start].copy_(flat_w0[rows])
+        original = total.clone() if many else total  # what extras are computed from
+        if down is not None and up is not None:
+            total.addmm_(up[rows], down)
         for weight, one in worn:
             for extra in one.extras:
-                total = total + weight * extra.delta(rows, original)
+                total += weight * extra.delta(rows, original)
         flat_target[rows].copy_(total)
 
 

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lora_core.worn import Place, Worn, through, weight_shape
 
-BUCKETS = (0, 16, 32, 64, 128, 256)  # then multiples of 128: a compiled model sees few shapes
+BUCKETS = (0, 16, 64, 128, 256)  # then multiples of 128: a compiled model sees few shapes
 
 
 def bucket(rank: int) -> int:
@@ -45,9 +45,12 @@ class LayerRack:
     # --- what is worn ---
 
     def reserve(self, rank: int) -> None:
-        """Room for `rank` slots; what is worn stays. The only thing here that can run out of memory."""
-        used, size = sum(self.ranks), bucket(rank)
-        if size == len(self.downs) or (self.armed and size < len(self.downs)):
+        """Room for `rank` slots; what is worn stays. The only thing here that can run out of memory.
+
+        Room that is left is given back only where three quarters of it are free: LoRAs that come and go move nothing.
+        """
+        used, size, room = sum(self.ranks), bucket(rank), len(self.downs)
+        if size <= room and (self.armed or room < 4 * size or room == size):
             return
         downs, ups = self._empty(size, *self.shape), self._empty(size, self.out)
         downs[:used], ups[:used] = self.downs[:used], self.ups[:used]
