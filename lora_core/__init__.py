@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_core.adapter import Adapter, Coverage
     from lora_core.base_weights import BaseReport
+    from lora_core.combining import combine, resize
     from lora_core.config import LoraConfig
     from lora_core.errors import LoraError
     from lora_core.formats import read_adapter, write_adapter
@@ -32,9 +33,11 @@ _HOMES = {
     "Mix": "mix",
     "attach": "train_form",
     "collect": "train_form",
+    "combine": "combining",
     "detach": "train_form",
     "open_base": "models",
     "read_adapter": "formats",
+    "resize": "combining",
     "write_adapter": "formats",
 }
 
@@ -50,9 +53,11 @@ __all__ = [
     "Mix",
     "attach",
     "collect",
+    "combine",
     "detach",
     "open_base",
     "read_adapter",
+    "resize",
     "write_adapter",
 ]
 

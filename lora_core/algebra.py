@@ -96,6 +96,17 @@ def gram_inner(down1: Tensor, up1: Tensor, down2: Tensor, up2: Tensor) -> Tensor
     return ((b1.T @ b2) * (a1 @ a2.T)).sum().float()
 
 
+def svd_of_product(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """SVD of up · down without forming it: QR of both factors, then the SVD of an R x R core.
+
+    down (R, n), up (m, R) -> Vᵀ (K, n), U S (m, K), S (K), K = min(R, m, n), the largest singular value first.
+    """
+    left, core_left = torch.linalg.qr(up.float())
+    right, core_right = torch.linalg.qr(down.float().T)
+    u, values, vh = torch.linalg.svd(core_left @ core_right.T, full_matrices=False)
+    return vh @ right.T, left @ (u * values), values
+
+
 def row_norms_squared(weight: Tensor) -> Tensor:
     """n0 = rowsum(W^2), (out,)."""
     return flat(weight).square().sum(1)

@@ -1,0 +1,384 @@
+"""Several LoRAs into one, and one LoRA to another rank. MATHS §5; the names are those of PEFT's add_weighted_adapter.
+
+    combine([(ink, 0.8), (cat, 0.5)], method="ties_svd", density=0.5, rank=16)
+    resize(ink, energy=0.95)
+
+With t = w · alpha/r, D = alpha/r · B A, per layer, and LoRAs that lack the layer left out:
+
+    cat                A = rows(t A), B = columns(B): exactly the sum, as wide as all together
+    linear             A = sum sign(t) sqrt|t| A, B = sum sqrt|t| B: equal ranks; its products mix the LoRAs crosswise,
+                       so it is not their sum
+    svd                the best of that rank for sum w D
+    magnitude_prune    linear, on the largest entries (`density` of them)
+    dare_linear        linear, on random entries, divided by `density` (arXiv 2311.03099)
+    ties, dare_ties    of what is left after pruning, only the entries whose sign the majority has, as their mean
+                       (arXiv 2306.01708)
+    ..._svd            the same on the D, then the best of that rank
+
+Results have scale 1. What was lost to a lower rank is said in the metadata (`LOST`), as a share of |ΔW|.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lora_core import algebra
+from lora_core.adapter import Adapter
+from lora_core.deltas import Delta, Factored
+from lora_core.deltas.low_rank import LowRank
+from lora_core.errors import ConfigError, WrongFamily, did_you_mean
+from lora_core.worn import original_weight
+
+LOST = "lora_loom.lost"  # metadata: |ΔW - what is left of it| / |ΔW|, over all layers
+FROM = "lora_loom.combined"  # metadata: from what, and how
+
+Method = Literal[
+    "cat",
+    "linear",
+    "svd",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "magnitude_prune",
+    "ties_svd",
+    "dare_linear_svd",
+    "dare_ties_svd",
+    "magnitude_prune_svd",
+]
+METHODS: tuple[str, ...] = get_args(Method)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combination:
+    """How LoRAs become one, checked at birth. Raises ConfigError naming the field.
+
+    density           share of the entries that pruning keeps, above 0; from 1 on nothing is pruned
+    rank              of the result, for svd methods; None is the largest rank among the LoRAs in that layer
+    clamp             for svd methods: entries of A and B are held within ± this quantile of them, above 0 to 1
+    majority          whose sign wins: "total" the larger sum, "frequency" the larger number
+    signed_election   elect with the weights' signs; without it as PEFT does, on the unweighted entries
+    """
+
+    method: Method = "cat"
+    density: float | None = None
+    rank: int | None = None
+    clamp: float | None = None
+    majority: Literal["total", "frequency"] = "total"
+    signed_election: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ConfigError(
+                f'method = "{self.method}" is unknown.{did_you_mean(str(self.method), METHODS)}'
+            )
+        if self.prunes:
+            if self.density is None or not (math.isfinite(self.density) and self.density > 0):
+                raise ConfigError(
+                    f"{self.method} needs density, the share of entries that stays, above 0; it is {self.density}. "
+                    "Usual is 0.5."
+                )
+        elif self.density is not None:
+            raise ConfigError(
+                f"density has no effect with {self.method}. Leave it out, or prune: ties, dare_linear."
+            )
+        for name, value in (("rank", self.rank), ("clamp", self.clamp)):
+            if value is not None and not self.by_svd:
+                raise ConfigError(
+                    f"{name} has no effect with {self.method}. Leave it out, or use {_with_svd(self.method)}."
+                )
+        if self.rank is not None and self.rank < 1:
+            raise ConfigError(f"rank = {self.rank} must be 1 or more.")
+        if self.clamp is not None and not 0 < self.clamp <= 1:
+            raise ConfigError(f"clamp = {self.clamp} is a quantile: above 0 to 1. Usual is 0.99.")
+        if self.majority not in ("total", "frequency"):
+            raise ConfigError(f'majority = "{self.majority}" is unknown. Use "total" or "frequency".')
+        elects = self.method.removesuffix("_svd").endswith("ties")
+        for name, given in (
+            ("majority", self.majority != "total"),
+            ("signed_election", self.signed_election),
+        ):
+            if given and not elects:
+                raise ConfigError(
+                    f"{name} has no effect with {self.method}, which holds no election. Leave it out."
+                )
+
+    @property
+    def by_svd(self) -> bool:
+        return self.method.endswith("svd")
+
+    @property
+    def prunes(self) -> bool:
+        return self.method not in ("cat", "linear", "svd")
+
+
+@torch.no_grad()
+def combine(
+    adapters: Sequence[tuple[Adapter, float]],
+    method: Method = "cat",
+    *,
+    density: float | None = None,
+    rank: int | None = None,
+    clamp: float | None = None,
+    majority: Literal["total", "frequency"] = "total",
+    signed_election: bool = False,
+    layers: Mapping[str, nn.Module] | None = None,
+    name: str = "combined",
+) -> Adapter:
+    """One LoRA out of several (LoRA, weight); see `Combination` for the fields.
+
+    Kinds whose ΔW needs the base (DoRA) or has no factors (LoKr) go by an svd method, with `layers`: adapter path ->
+    the layer that holds W0. Raises ConfigError for fields and weights that make no sense together and for ranks that
+    differ where they must not, WrongFamily for LoRAs of different models.
+    """
+    how = Combination(
+        method=method,
+        density=density,
+        rank=rank,
+        clamp=clamp,
+        majority=majority,
+        signed_election=signed_election,
+    )
+    family = _one_family(adapters)
+    sums = _Lost()
+    deltas: dict[str, Delta] = {}
+    for path in dict.fromkeys(path for adapter, _ in adapters for path in adapter.deltas):
+        parts = [(adapter.deltas[path], float(w)) for adapter, w in adapters if path in adapter.deltas]
+        layer = (layers or {}).get(path)
+        deltas[path] = _by_svd(path, parts, how, layer, sums) if how.by_svd else _by_factors(path, parts, how)
+    said = ", ".join(f"{a.name or 'a LoRA'} {w:g}" for a, w in adapters) + f"; {method}"
+    metadata = {FROM: said} | ({LOST: f"{sums.share:.6f}"} if how.by_svd else {})
+    return Adapter(deltas, metadata, family, name)
+
+
+@torch.no_grad()
+def resize(
+    adapter: Adapter,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    layers: Mapping[str, nn.Module] | None = None,
+) -> Adapter:
+    """The best LoRA of this rank, or of the smallest rank per layer that keeps this share (0..1) of |ΔW|².
+
+    Never of a higher rank than before. Kinds without factors need `layers`, as in `combine`.
+    """
+    if (rank is None) == (energy is None):
+        raise ConfigError(
+            "Give either rank or energy: the one is a number of slots, the other a share to keep."
+        )
+    if rank is not None and rank < 1:
+        raise ConfigError(f"rank = {rank} must be 1 or more.")
+    if energy is not None and not 0 < energy <= 1:
+        raise ConfigError(f"energy = {energy} is a share to keep: above 0 to 1. Usual is 0.95.")
+    sums = _Lost()
+    deltas: dict[str, Delta] = {}
+    for path, delta in adapter.deltas.items():
+        down, up, values = _decomposed(path, [(delta, 1.0)], (layers or {}).get(path))
+        if energy is None:
+            assert rank is not None
+            kept = min(rank, len(values))
+        else:
+            kept = _rank_of(values, energy)
+        sums.add(values, kept)
+        deltas[path] = _low_rank(down[:kept], up[:, :kept], delta)
+    return replace(adapter, deltas=deltas, metadata={**adapter.metadata, LOST: f"{sums.share:.6f}"})
+
+
+class _Lost:
+    """What a lower rank left out, over all layers."""
+
+    def __init__(self) -> None:
+        self.all = self.gone = 0.0
+
+    def add(self, values: Tensor, kept: int) -> None:
+        squares = values.double().square()
+        self.all += float(squares.sum())
+        self.gone += float(squares[kept:].sum())
+
+    @property
+    def share(self) -> float:
+        return (self.gone / self.all) ** 0.5 if self.all else 0.0
+
+
+def _one_family(adapters: Sequence[tuple[Adapter, float]]) -> str | None:
+    if not adapters:
+        raise ConfigError("There is no LoRA to combine. Give at least one, with its weight.")
+    for adapter, weight in adapters:
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise ConfigError(
+                f'The weight of "{adapter.name}" is {weight!r}: a finite number was expected, such as 0.8.'
+            )
+    families = {adapter.family for adapter, _ in adapters if adapter.family is not None}
+    if len(families) > 1:
+        raise WrongFamily(
+            f"These LoRAs are for different models ({', '.join(sorted(families))}) and cannot become one. Combine "
+            "those of one model."
+        )
+    return next(iter(families), None)
+
+
+# --- on the factors ------------------------------------------------------------------------------------------
+
+
+def _by_factors(path: str, parts: Sequence[tuple[Delta, float]], how: Combination) -> LowRank:
+    downs, ups, strengths = [], [], []
+    for delta, weight in parts:
+        down, up, scale = _factors(path, delta, how.method)
+        downs.append(down)
+        ups.append(up)
+        strengths.append(weight * scale)
+    if how.method == "cat":
+        down = torch.cat([t * d for t, d in zip(strengths, downs, strict=True)])
+        return _low_rank(down, torch.cat(ups, dim=1), parts[0][0])
+    ranks = {len(down) for down in downs}
+    if len(ranks) > 1:
+        raise ConfigError(
+            f"{path} has ranks {', '.join(map(str, sorted(ranks)))}, and {how.method} adds the factors themselves, "
+            f"which must have one rank. Use {_with_svd(how.method)}, or resize the LoRAs first."
+        )
+    roots = torch.tensor([abs(t) ** 0.5 for t in strengths])
+    signs = torch.tensor([-1.0 if t < 0 else 1.0 for t in strengths])
+    # the sign on one side only, or two would cancel
+    return _low_rank(_merged(downs, roots * signs, how), _merged(ups, roots, how), parts[0][0])
+
+
+def _factors(path: str, delta: Delta, method: str) -> tuple[Tensor, Tensor, float]:
+    """fp32 A (r, in*k*k), B (out, r) and alpha/r; scale 1 for kinds that are no plain LoRA."""
+    if isinstance(delta, LowRank):
+        return algebra.flat(delta.down), algebra.flat(delta.up), delta.scale
+    form = delta.low_rank_form()
+    if form is None:
+        raise ConfigError(
+            f"{path} is a {type(delta).__name__}, which has no factors that {method} could work on. Use an svd method, "
+            "with the base model."
+        )
+    return algebra.flat(form[0]), algebra.flat(form[1]), 1.0
+
+
+def _merged(tensors: Sequence[Tensor], weights: Tensor, how: Combination) -> Tensor:
+    """(k tensors, k weights) -> one of the same shape, as the method's name without `_svd` says."""
+    kind = how.method.removesuffix("_svd")
+    prune: Callable[[Tensor, float], Tensor] | None = {
+        "ties": by_magnitude,
+        "magnitude_prune": by_magnitude,
+        "dare_ties": at_random,
+        "dare_linear": at_random,
+    }.get(kind)
+    if prune is not None and how.density is not None and how.density < 1:
+        tensors = [prune(tensor, how.density) for tensor in tensors]
+    stack = torch.stack(list(tensors))
+    weights = weights.reshape(-1, *[1] * (stack.dim() - 1))
+    if not kind.endswith("ties"):
+        return (stack * weights).sum(0)
+    mask = elected(stack * weights.sign() if how.signed_election else stack, how.majority)
+    return (stack * weights * mask).sum(0) / mask.sum(0).clamp(min=1)
+
+
+def by_magnitude(tensor: Tensor, density: float) -> Tensor:
+    """The int(density · n) entries of largest absolute value; the others become 0."""
+    kept = tensor.abs().flatten().topk(int(density * tensor.numel())).indices
+    mask = torch.zeros(tensor.numel(), dtype=tensor.dtype)
+    mask[kept] = 1
+    return tensor * mask.reshape(tensor.shape)
+
+
+def at_random(tensor: Tensor, density: float) -> Tensor:
+    """Each entry with the chance `density`, divided by it: the same in expectation (DARE)."""
+    return tensor * torch.bernoulli(torch.full_like(tensor, density)) / density
+
+
+def elected(stack: Tensor, majority: str) -> Tensor:
+    """(k, ...) -> which entries have the sign that wins among the k; a tie is won by +, and 0 never has it."""
+    votes = stack.sum(0) if majority == "total" else stack.sign().sum(0)
+    return stack.sign() == torch.where(votes >= 0, 1, -1)
+
+
+# --- on the products -----------------------------------------------------------------------------------------
+
+
+def _by_svd(
+    path: str, parts: Sequence[tuple[Delta, float]], how: Combination, layer: nn.Module | None, sums: _Lost
+) -> LowRank:
+    rank = how.rank or max(_rank(path, delta) for delta, _ in parts)
+    if how.method == "svd" and how.clamp is None:
+        down, up, values = _decomposed(path, parts, layer)
+    else:
+        weights = torch.tensor([weight for _, weight in parts])
+        dense = _merged([_dense(path, delta, layer) for delta, _ in parts], weights, how)
+        down, up, values = _split(dense)
+    rank = min(rank, len(values))
+    sums.add(values, rank)
+    down, up = down[:rank], up[:, :rank]
+    if how.clamp is not None:
+        entries = torch.cat([up.flatten(), down.flatten()]).numpy()
+        most = float(np.quantile(entries, how.clamp))
+        down, up = down.clamp(-most, most), up.clamp(-most, most)
+    return _low_rank(down, up, parts[0][0])
+
+
+def _decomposed(
+    path: str, parts: Sequence[tuple[Delta, float]], layer: nn.Module | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """down (R, in*k*k), up (out, R), singular values (R) of sum w ΔW, without forming it where all have factors."""
+    forms = [delta.low_rank_form() for delta, _ in parts]
+    if any(form is None for form in forms):
+        return _split(sum(w * _dense(path, delta, layer) for delta, w in parts))  # type: ignore[arg-type]
+    down = torch.cat([algebra.flat(form[0]) for form in forms if form is not None])
+    up = torch.cat(
+        [w * algebra.flat(form[1]) for form, (_, w) in zip(forms, parts, strict=True) if form is not None], 1
+    )
+    return algebra.svd_of_product(down, up)
+
+
+def _split(dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    u, values, vh = torch.linalg.svd(dense, full_matrices=False)
+    return vh, u * values, values
+
+
+def _dense(path: str, delta: Delta, layer: nn.Module | None) -> Tensor:
+    """ΔW in fp32, flattened to (out, in*k*k)."""
+    form = delta.low_rank_form()
+    if form is not None:
+        return algebra.flat(form[1]) @ algebra.flat(form[0])
+    if layer is None:
+        raise ConfigError(
+            f"{path} is a {type(delta).__name__}, whose change needs the base model's weight. Give the layers of the "
+            "model it was trained on."
+        )
+    return algebra.flat(delta.delta(original_weight(layer, path).cpu().float()))
+
+
+def _rank(path: str, delta: Delta) -> int:
+    if isinstance(delta, Factored):
+        return delta.rank
+    form = delta.low_rank_form()
+    if form is None:
+        raise ConfigError(
+            f"{path} is a {type(delta).__name__}, which has no rank of its own: give the result's rank."
+        )
+    return len(form[0])
+
+
+def _rank_of(values: Tensor, energy: float) -> int:
+    shares = values.double().square().cumsum(0)
+    return min(int((shares < energy * shares[-1] * (1 - 1e-12)).sum()) + 1, len(values))
+
+
+def _low_rank(down: Tensor, up: Tensor, like: Delta) -> LowRank:
+    """In the shape and dtype of the layer's files; scale 1."""
+    shape = like.shape()
+    dtype = next(iter(like.tensors().values())).dtype
+    down = down.reshape(-1, *shape[1:]).to(dtype).contiguous()
+    up = up.reshape(len(up), -1, *[1] * (len(shape) - 2)).to(dtype).contiguous()
+    return LowRank(down, up, float(len(down)))
+
+
+def _with_svd(method: str) -> str:
+    return "svd" if method in ("cat", "linear") else f"{method.removesuffix('_svd')}_svd"
