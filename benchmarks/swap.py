@@ -60,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
         for name, measure in ROWS.items():
             if options.only is None or name in options.only:
                 start = time.perf_counter()
-                rows += measure(setting)
+                for row in measure(setting):  # said at once: who stops a long run keeps what it found
+                    rows.append(row)
+                    print(f"{row.what}: {row.ours} {row.unit}, peer {row.peer}", file=sys.stderr, flush=True)
                 print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     facts = {**machine(), "size": options.size, "dtype": options.dtype}
     print(f"\n{', '.join(f'{name}: {value}' for name, value in facts.items())}\n\n{table(rows)}")
