@@ -155,6 +155,10 @@ class Host:
         self._server = uvicorn.Server(config)
         if not self._over.is_set():  # stopped while the page was being made
             await self._server.serve(sockets=[self._socket])
+            # an open page asks again at any moment: what came in while the server was closing
+            for connection in list(self._server.server_state.connections):
+                connection.transport.abort()
+            await asyncio.sleep(0.05)
 
     def _app(self) -> Gate:
         calm_environment(self.uploads.folder)

@@ -6,6 +6,7 @@ Gradio is imported with this module and those it shows, so only `main` imports i
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
@@ -37,10 +38,15 @@ def create_ui(session: Session, draft: Draft) -> Page:
                 found = library.create(session)
         shelf.select(found["look"], found["search"], found["outputs"], **AT_ONCE)
 
-        def dropped(files: list[str] | None) -> None:
-            session.drop([(Path(f), Path(f).name) for f in files or []])
+        def dropped(files: list[str] | None) -> list[Any]:
+            """LoRAs into the mixer; a picture brings back the settings it was made with."""
+            paths = [Path(f) for f in files or []]
+            pictures = [path for path in paths if path.suffix.lower() == ".png"]
+            if len(pictures) < len(paths):
+                session.drop([(path, path.name) for path in paths if path not in pictures])
+            return generate.settings_from(session, pictures[-1:])
 
-        drop.upload(dropped, drop, None, **AT_ONCE)
+        drop.upload(dropped, drop, making["fields"], **AT_ONCE)
         parts.finish()
         page.load(making["restore"], None, making["fields"], **AT_ONCE)
     return Page(page, THEME, CSS, HEAD, routes(session, draft, parts.known))

@@ -14,7 +14,10 @@ CSS = (ASSETS / "page.css").read_text(encoding="utf-8")
 HEAD = "".join(
     f"<script>{(ASSETS / name).read_text(encoding='utf-8')}</script>" for name in ("page.js", "live.js")
 )
-VEIL = '<div id="veil" aria-hidden="true">Drop LoRA files (.safetensors) to check, keep and wear them</div>'
+VEIL = (
+    '<div id="veil" aria-hidden="true">Drop LoRA files (.safetensors) to wear them, or a picture to have its settings '
+    "back</div>"
+)
 
 FONT = ["system-ui", "-apple-system", "Segoe UI", "sans-serif"]
 MONO = ["ui-monospace", "Menlo", "Consolas", "monospace"]

@@ -16,7 +16,8 @@ from app.memory import Form
 from app.session import Session
 from app.status import message_html
 from app.tabs import AT_ONCE, Parts, mixer
-from lora_core.errors import ConfigError
+from lora_core.errors import ConfigError, FileRefused
+from lora_core.generation import read_png_parameters
 from lora_core.parameters import parse_parameters
 from lora_core.samplers import SAMPLERS, samplers_of
 
@@ -192,11 +193,22 @@ def _listen(session: Session, parts: Parts, c: dict[str, Any]) -> None:
     c["gallery"].select(choose, None, [chosen, c["settings"], c["reuse"]], **AT_ONCE)
 
     def reuse(index: int) -> Any:
-        values = settings_of(session.pictures.settings(index))
-        session.remember(**values)
+        session.remember(**settings_of(session.pictures.settings(index)))
         return [getattr(session.wanted.form, name) for name in FORM]
 
     c["reuse"].click(reuse, chosen, fields, **AT_ONCE)
+
+
+def settings_from(session: Session, pictures: list[Path]) -> list[Any]:
+    """The form as the picture's text has it; unchanged where there is no picture."""
+    if not pictures:
+        return [gr.skip()] * len(FORM)
+    try:
+        text = read_png_parameters(pictures[0])
+    except FileRefused as problem:
+        raise gr.Error(str(problem), print_exception=False) from None
+    session.remember(**settings_of(text))
+    return [getattr(session.wanted.form, name) for name in FORM]
 
 
 def settings_of(text: str) -> dict[str, Any]:

@@ -217,6 +217,29 @@ def test_three_dropped_and_one_of_them_bad(
     expect(page.locator("#veil")).to_be_hidden()
 
 
+def test_a_dropped_picture_brings_its_settings_back(
+    chrome: Browser, app: tuple[Session, Host], seen: Seen, tmp_path: Path
+) -> None:
+    session, host = app
+    page = opened(chrome, host, seen)
+    page.locator("#prompt textarea").fill("a dog on a red background")
+    wait(lambda: session.wanted.form.prompt == "a dog on a red background", "the prompt to be kept")
+    session.remember(steps=3, seed=11)
+    session.generate(session.wanted.form.request())
+    wait(lambda: session.pictures.newest() and not session.worker.view.busy, "a picture", 120)
+    made = tmp_path / "found.png"
+    made.write_bytes(session.pictures.newest()[0].read_bytes())
+    page.locator("#prompt textarea").fill("something else")
+    wait(lambda: session.wanted.form.prompt == "something else", "the prompt to be kept")
+    session.remember(steps=9, seed=1)
+    drop(page, [made])
+    expect(page.locator("#prompt textarea")).to_have_value("a dog on a red background", timeout=10_000)
+    assert (session.wanted.form.steps, session.wanted.form.seed) == (3, 11)
+    Image.new("RGB", (8, 8)).save(tmp_path / "bare.png")
+    drop(page, [tmp_path / "bare.png"])
+    expect(page.get_by_text("carries no generation settings")).to_be_visible(timeout=10_000)
+
+
 def test_what_the_mixer_can_do_besides(
     chrome: Browser, app: tuple[Session, Host], seen: Seen, tmp_path: Path
 ) -> None:
