@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import gradio as gr
 
-from app.jobs import JobView
+from app.jobs import Job, JobView
 from app.memory import Form
 from app.session import Session
 from app.status import message_html
@@ -206,9 +206,15 @@ def settings_from(session: Session, pictures: list[Path]) -> list[Any]:
     try:
         text = read_png_parameters(pictures[0])
     except FileRefused as problem:
-        raise gr.Error(str(problem), print_exception=False) from None
+        session.worker.submit(f"Reading {pictures[0].name}", partial(_refuse, problem))
+        return [gr.skip()] * len(FORM)
     session.remember(**settings_of(text))
     return [getattr(session.wanted.form, name) for name in FORM]
+
+
+def _refuse(problem: FileRefused, _: Job) -> str:
+    """Said where every job says how it ended."""
+    raise problem
 
 
 def settings_of(text: str) -> dict[str, Any]:

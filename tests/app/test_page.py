@@ -237,7 +237,7 @@ def test_a_dropped_picture_brings_its_settings_back(
     assert (session.wanted.form.steps, session.wanted.form.seed) == (3, 11)
     Image.new("RGB", (8, 8)).save(tmp_path / "bare.png")
     drop(page, [tmp_path / "bare.png"])
-    expect(page.get_by_text("carries no generation settings")).to_be_visible(timeout=10_000)
+    expect(page.locator("#message")).to_contain_text("carries no generation settings", timeout=10_000)
 
 
 def test_what_the_mixer_can_do_besides(
