@@ -39,6 +39,7 @@ class Session:
         self.pipe: LivePipeline | None = None
         self.seal = ""  # the last proof, in words; empty while LoRAs are fused or nothing is open
         self.last_request: GenerationRequest | None = None
+        self.said: tuple[int, str] = (0, "")  # a refusal that belongs to no job; the page shows each once
         self.mixer_revision = 0  # grows when rows come, go or are changed by anything but their own sliders
         self._memory = models / "session.json"
         self.lock = threading.RLock()  # guards `wanted`
@@ -93,6 +94,9 @@ class Session:
         with self.lock:
             self.wanted.form = self.wanted.form.changed(**fields)
         self.save()
+
+    def say(self, problem: Exception) -> None:
+        self.said = (self.said[0] + 1, str(problem))
 
     def save(self) -> None:
         with self.lock:

@@ -185,6 +185,9 @@
         if (name === 'server') {  // another one than this page was made by: what it knows is in its session
           if (server && server !== mark) { location.reload(); return; }
           server = mark;
+        } else if (name === 'said') {  // what was said before this page came is not said again
+          if (last.said) say(content);
+          last.said = { mark, content: '' };
         } else last[name] = { mark, content, drawn: last[name]?.drawn };
       }
       if (failed > 2) document.getElementById('said')?.remove();

@@ -138,7 +138,7 @@ def _listen(session: Session, parts: Parts, c: dict[str, Any]) -> None:
         try:
             session.generate(session.wanted.form.changed(**named).request())
         except ConfigError as problem:
-            raise gr.Error(str(problem), print_exception=False) from None
+            session.say(problem)
         session.remember(**named)
 
     gr.on([c["generate"].click, c["prompt"].submit], generate, fields, None, **AT_ONCE)
@@ -148,7 +148,8 @@ def _listen(session: Session, parts: Parts, c: dict[str, Any]) -> None:
             numbers = _numbers(weights)
             request = session.wanted.form.changed(**_form_values(values)).request()
         except ConfigError as problem:
-            raise gr.Error(str(problem), print_exception=False) from None
+            session.say(problem)
+            return
         session.contact_sheet(request, kind, numbers)
 
     given = [c["sheet_kind"], c["sheet_weights"], *fields]

@@ -160,21 +160,21 @@ def _listen(session: Session, draft: Draft, parts: Parts, c: dict[str, Any]) -> 
         preset: str, name: str, noun: str, prompt: str, steps: int, rank: int, keep_class: bool
     ) -> None:
         plan = Plan(preset, name, noun, prompt, session.wanted.base, int(steps), int(rank), keep_class)
-        _said(lambda: session.train(plan, draft))
+        _said(session, lambda: session.train(plan, draft))
 
     c["start"].click(start, answers, None, **AT_ONCE)
     orders = session.training
-    c["pause"].click(lambda: _said(lambda: pause_or_go_on(session)), None, None, **AT_ONCE)
-    c["save"].click(lambda: _said(lambda: orders.commands().save()), None, None, **AT_ONCE)
-    c["end"].click(lambda: _said(lambda: orders.commands().stop()), None, None, **AT_ONCE)
+    c["pause"].click(lambda: _said(session, lambda: pause_or_go_on(session)), None, None, **AT_ONCE)
+    c["save"].click(lambda: _said(session, lambda: orders.commands().save()), None, None, **AT_ONCE)
+    c["end"].click(lambda: _said(session, lambda: orders.commands().stop()), None, None, **AT_ONCE)
     c["sample"].click(
-        lambda prompt: _said(lambda: orders.commands().sample(prompt)),
+        lambda prompt: _said(session, lambda: orders.commands().sample(prompt)),
         c["sample_prompt"],
         None,
         **AT_ONCE,
     )
     c["use"].click(
-        lambda chosen: _said(lambda: session.use_trained(_step(chosen))), c["step"], None, **AT_ONCE
+        lambda chosen: _said(session, lambda: session.use_trained(_step(chosen))), c["step"], None, **AT_ONCE
     )
 
     names = (
@@ -261,9 +261,9 @@ def pause_or_go_on(session: Session) -> None:
         commands.pause()
 
 
-def _said(act: Any) -> None:
-    """An error is one sentence in a toast, not a traceback."""
+def _said(session: Session, act: Any) -> None:
+    """An error is one sentence on the page. (Gradio's own `gr.Error` is not shown outside its queue.)"""
     try:
         act()
     except LoraError as problem:
-        raise gr.Error(str(problem), print_exception=False) from None
+        session.say(problem)

@@ -217,6 +217,19 @@ def test_three_dropped_and_one_of_them_bad(
     expect(page.locator("#veil")).to_be_hidden()
 
 
+def test_what_cannot_be_done_is_said(chrome: Browser, app: tuple[Session, Host], seen: Seen) -> None:
+    session, host = app
+    page = opened(chrome, host, seen)
+    page.wait_for_timeout(1000)
+    page.locator("#prompt textarea").fill("")
+    page.locator("#generate").click()
+    expect(page.locator("#said")).to_contain_text("The prompt is empty", timeout=10_000)
+    page.get_by_role("tab", name="Train").click()
+    page.locator("#train-start").click()
+    expect(page.locator("#said")).to_contain_text("no picture to learn from", timeout=10_000)
+    assert session.training.view() is None
+
+
 def test_a_dropped_picture_brings_its_settings_back(
     chrome: Browser, app: tuple[Session, Host], seen: Seen, tmp_path: Path
 ) -> None:
