@@ -54,6 +54,11 @@ class Draft:
         found = picture_files(self.folder)
         return [Entry(p, (read_caption(sidecar(p)).text or "") if sidecar(p).exists() else "") for p in found]
 
+    def find(self, name: str) -> Path | None:
+        """The picture of this name; None where there is none (any longer)."""
+        path = self.folder / _plain_name(name)
+        return path if path.suffix.lower() in EXTENSIONS and path.is_file() else None
+
     def caption(self, name: str, text: str) -> None:
         """An empty text takes the caption off, so that the picture has the prompt of all. A late word about a picture
         that was taken out is about nothing."""

@@ -6,10 +6,12 @@ change numbers only; what lasts is the worker's.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from secrets import token_hex
-from typing import Any, Protocol
+from typing import Any
 
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
@@ -23,16 +25,28 @@ from lora_core.errors import ConfigError, LoraError
 WIDEST = 10.0  # of a weight; the slider goes from -1 to 2, the field beside it so far
 
 
-class Watched(Protocol):
-    """As `app.tabs.Part`."""
+@dataclass(frozen=True)
+class Part:
+    """A part of the page that changes by itself.
 
-    @property
-    def mark(self) -> Callable[[], Any]: ...
-    @property
-    def content(self) -> Callable[[], Any] | None: ...
+    content   what assets/live.js draws; None where Gradio does
+    mark      anything whose text differs when the part should look different; None: the content tells
+    """
+
+    content: Callable[[], Any] | None = None
+    mark: Callable[[], Any] | None = None
+
+    def news(self, seen: object) -> list[Any] | None:
+        """[mark, content] for a page that has drawn it by the mark `seen`; None if that is still so."""
+        if self.mark is not None:
+            mark = str(self.mark())
+            return None if mark == seen else [mark, self.content() if self.content else None]
+        content = self.content() if self.content else None
+        mark = hashlib.blake2b(repr(content).encode("utf-8", "replace"), digest_size=8).hexdigest()
+        return None if mark == seen else [mark, content]
 
 
-def routes(session: Session, draft: Draft, parts: Mapping[str, Watched]) -> APIRouter:
+def routes(session: Session, draft: Draft, parts: Mapping[str, Part]) -> APIRouter:
     """`POST /loom/news` {part: the mark it was drawn by} -> {part: [new mark, content]} of those that differ.
     `POST /loom/row` {name, and one of on, weight, text, solo, remove}; `POST /loom/picture` {name, and caption or
     remove}; both -> {} or {problem}. `GET /loom/thumb/NAME` a picture of the draft, small."""
@@ -42,11 +56,8 @@ def routes(session: Session, draft: Draft, parts: Mapping[str, Watched]) -> APIR
     @api.post("/news")
     def news(seen: dict[str, Any]) -> JSONResponse:
         new: dict[str, Any] = {} if seen.get("server") == server else {"server": [server, None]}
-        for name, part in parts.items():
-            mark = str(part.mark())
-            if seen.get(name) != mark:
-                new[name] = [mark, part.content() if part.content else None]
-        return JSONResponse(new)
+        found = {name: part.news(seen.get(name)) for name, part in parts.items()}
+        return JSONResponse(new | {name: news for name, news in found.items() if news is not None})
 
     @api.post("/row")
     def row(said: dict[str, Any]) -> JSONResponse:
@@ -58,7 +69,7 @@ def routes(session: Session, draft: Draft, parts: Mapping[str, Watched]) -> APIR
 
     @api.get("/thumb/{name}")
     def thumb(name: str) -> Response:
-        path = next((e.path for e in draft.entries() if e.path.name == name), None)
+        path = draft.find(name)
         if path is None:
             return Response(status_code=404)
         body = thumbnail(path, path.stat().st_mtime_ns)

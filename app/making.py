@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from random import randrange
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +14,7 @@ from app.pictures import data_uri
 from lora_core.burn import advice
 from lora_core.contact_sheet import cells_of_loras, cells_of_seeds, rendered, sheet
 from lora_core.errors import LoraError
-from lora_core.generation import GenerationRequest
+from lora_core.generation import GenerationRequest, settled
 from lora_core.pipeline import LivePipeline
 from lora_core.prompt_tags import split_tags
 
@@ -28,16 +27,14 @@ def measure(session: Session, job: Job) -> str:
     pipe = session.ready(job)
     if not pipe.loaded:
         raise LoraError("There is no LoRA to measure. Drop one onto the page, or load one from the library.")
-    fused = pipe.fused
-    if fused:
-        pipe.unfuse()
-    session.mix_now()
-    strengths = pipe.strengths()
+    pipe.unfuse()
+    try:
+        strengths, overlaps = pipe.strengths(), pipe.overlaps()
+    finally:
+        session.apply(pipe)
     most = sorted(strengths, key=lambda block: -strengths[block])[:3]
     said = [f"Moved furthest: {', '.join(f'{block} by {strengths[block]:.1%}' for block in most)}."]
-    said += [f"{a} and {b} overlap by {cosine:.2f}." for (a, b), cosine in pipe.overlaps().items()]
-    if fused:
-        session.apply(pipe)
+    said += [f"{a} and {b} overlap by {cosine:.2f}." for (a, b), cosine in overlaps.items()]
     return " ".join(filter(None, [*said, advice(strengths)]))
 
 
@@ -63,6 +60,7 @@ def generate(session: Session, request: GenerationRequest, job: Job) -> str:
 def contact_sheet(
     session: Session, request: GenerationRequest, kind: str, weights: Sequence[float], job: Job
 ) -> str:
+    job.show(steps=request.steps)
     with leased(session.training, job.check):
         pipe = session.ready(job)
         session.wanted.fused = False  # fused, all pictures of a batch would be alike
@@ -71,7 +69,7 @@ def contact_sheet(
         worn = {name: value for name, value in session.weights(pipe).items() if session.rows[name].on}
         if not worn:
             raise LoraError("A contact sheet needs a LoRA to weigh. Drop one onto the page, or turn one on.")
-        seed = request.seed if request.seed is not None and request.seed >= 0 else randrange(2**32)
+        seed = settled(request.seed)
         cells = (
             cells_of_loras(list(worn), weights, seed)
             if kind == "loras"

@@ -12,10 +12,10 @@ import gradio as gr
 
 from app.draft import Draft
 from app.host import Page
-from app.live import routes
+from app.live import Part, routes
 from app.session import Session
 from app.status import status_html
-from app.tabs import AT_ONCE, Part, Parts, generate, library, train
+from app.tabs import AT_ONCE, Parts, generate, library, train
 from app.theme import CSS, HEAD, THEME, VEIL
 
 
@@ -47,7 +47,7 @@ def create_ui(session: Session, draft: Draft) -> Page:
             return generate.settings_from(session, pictures[-1:])
 
         drop.upload(dropped, drop, making["fields"], **AT_ONCE)
-        parts.known["said"] = Part(lambda: session.said[0], lambda: session.said[1])
+        parts.known["said"] = Part(lambda: session.said[1], lambda: session.said[0])
         parts.finish()
         page.load(making["restore"], None, making["fields"], **AT_ONCE)
     return Page(page, THEME, CSS, HEAD, routes(session, draft, parts.known))

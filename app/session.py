@@ -40,7 +40,6 @@ class Session:
         self.seal = ""  # the last proof, in words; empty while LoRAs are fused or nothing is open
         self.last_request: GenerationRequest | None = None
         self.said: tuple[int, str] = (0, "")  # a refusal that belongs to no job; the page shows each once
-        self.mixer_revision = 0  # grows when rows come, go or are changed by anything but their own sliders
         self._memory = models / "session.json"
         self.lock = threading.RLock()  # guards `wanted`
         self.wanted: Wanted = read_wanted(self._memory)
@@ -107,8 +106,7 @@ class Session:
         self.worker.close()
         self.save()
 
-    def changed(self, *, rows: bool = False) -> None:
-        self.mixer_revision += rows
+    def changed(self) -> None:
         self.save()
         self.worker.changed()
 
@@ -170,8 +168,7 @@ class Session:
         return self.worker.submit("Making pictures", lambda job: making.generate(self, request, job))
 
     def contact_sheet(self, request: GenerationRequest, kind: str, weights: Sequence[float]) -> Job:
-        """`kind` "loras": a row per LoRA of the mixer, worn alone; "seeds": three seeds, the whole mix times a factor.
-        Raises ConfigError for weights that are none."""
+        """`kind` "loras": a row per LoRA of the mixer, alone; "seeds": three seeds, the whole mix times a factor."""
         return self.worker.submit(
             "Making a contact sheet", lambda job: making.contact_sheet(self, request, kind, weights, job)
         )
@@ -214,7 +211,7 @@ class Session:
         self.look = LatentPreview(pipe.pipeline.vae)
         self._load_rows(pipe)
         self._prove(pipe)
-        self.changed(rows=True)
+        self.changed()
         aside = [row.name for row in self.rows.values() if row.aside]
         return f"{pipe.base_name} ({pipe.family.title}) is open." + (
             f" Set aside, because they do not fit it: {', '.join(aside)}." if aside else ""
@@ -228,6 +225,7 @@ class Session:
                 self.rows[name] = row.changed(aside="", facts=wearing.facts(coverage))
             except LoraError as problem:
                 self.rows[name] = row.changed(aside=str(problem))
+        self.mix_now()
 
     def _remove(self, names: Sequence[str]) -> str:
         with self.lock:
@@ -240,7 +238,7 @@ class Session:
             self.wanted.fused = False
         if self.pipe is not None:
             self._prove(self.pipe)
-        self.changed(rows=True)
+        self.changed()
         return f"Taken off: {', '.join(names)}. {self.seal}." if names else "There was no LoRA to take off."
 
     def apply(self, pipe: LivePipeline) -> None:

@@ -35,7 +35,8 @@ def wear(session: Session, names: Sequence[str], job: Job) -> str:
                 )
                 session.wanted.fused = False
             said.append(f"{file.name}: {coverage}.")
-    session.changed(rows=True)
+    session.mix_now()  # where one LoRA sounds alone, a new one is silent too
+    session.changed()
     if problems:
         raise LoraError("\n".join([*problems, *said]))
     return "\n".join(said)

@@ -45,9 +45,8 @@ _WHERE = {
     "host": "kept in main memory",
     "checkpoint": "read again from the checkpoint",
 }
-CHUNK = (
-    2**22
-)  # elements of a layer that are summed in fp32 at a time, 16 MB: fewer calls than with less, and faster
+# elements of a layer summed in fp32 at a time, 16 MB: fewer calls than with less, and faster
+CHUNK = 2**22
 SAMPLED = 8  # layers that `lost` looks at
 Reference = Callable[[], Iterator[tuple[str, str, Tensor]]]  # component, parameter name, tensor
 

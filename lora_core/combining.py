@@ -33,7 +33,9 @@ from lora_core import algebra
 from lora_core.adapter import Adapter
 from lora_core.deltas import Delta, Factored
 from lora_core.deltas.low_rank import LowRank
+from lora_core.deltas.magnitude import WithMagnitude
 from lora_core.errors import ConfigError, WrongFamily, did_you_mean
+from lora_core.formats.metadata import HASHES
 from lora_core.worn import original_weight
 
 LOST = "lora_loom.lost"  # metadata: |ΔW - what is left of it| / |ΔW|, over all layers
@@ -133,8 +135,8 @@ def combine(
 ) -> Adapter:
     """One LoRA out of several (LoRA, weight); see `Combination` for the fields.
 
-    Kinds whose ΔW needs the base (DoRA) or has no factors (LoKr) go by an svd method, with `layers`: adapter path ->
-    the layer that holds W0. Raises ConfigError for fields and weights that make no sense together and for ranks that
+    What has no factors (LoKr, DoRA) goes by an svd method; a DoRA needs `layers` as well, adapter path -> the layer
+    that holds W0. Raises ConfigError for fields and weights that make no sense together and for ranks that
     differ where they must not, WrongFamily for LoRAs of different models.
     """
     how = Combination(
@@ -167,7 +169,7 @@ def resize(
 ) -> Adapter:
     """The best LoRA of this rank, or of the smallest rank per layer that keeps this share (0..1) of |ΔW|².
 
-    Never of a higher rank than before. Kinds without factors need `layers`, as in `combine`.
+    What has factors never gets a higher rank than before. A DoRA needs `layers`, as in `combine`.
     """
     if (rank is None) == (energy is None):
         raise ConfigError(
@@ -186,21 +188,24 @@ def resize(
             kept = min(rank, len(values))
         else:
             kept = _rank_of(values, energy)
-        sums.add(values, kept)
+        sums.add(values.square().sum(), values[kept:].square().sum())
         deltas[path] = _low_rank(down[:kept], up[:, :kept], delta)
-    return replace(adapter, deltas=deltas, metadata={**adapter.metadata, LOST: f"{sums.share:.6f}"})
+    kept_facts = {
+        key: value for key, value in adapter.metadata.items() if key not in HASHES
+    }  # of other tensors
+    return replace(adapter, deltas=deltas, metadata={**kept_facts, LOST: f"{sums.share:.6f}"})
 
 
 class _Lost:
-    """What a lower rank left out, over all layers."""
+    """What a lower rank (and a clamp) left out, over all layers; to first order where both did."""
 
     def __init__(self) -> None:
         self.all = self.gone = 0.0
 
-    def add(self, values: Tensor, kept: int) -> None:
-        squares = values.double().square()
-        self.all += float(squares.sum())
-        self.gone += float(squares[kept:].sum())
+    def add(self, whole: Tensor | float, gone: Tensor | float) -> None:
+        """Squared norms of one layer."""
+        self.all += float(whole)
+        self.gone += float(gone)
 
     @property
     def share(self) -> float:
@@ -257,7 +262,7 @@ def _factors(path: str, delta: Delta, method: str) -> tuple[Tensor, Tensor, floa
     if form is None:
         raise ConfigError(
             f"{path} is a {type(delta).__name__}, which has no factors that {method} could work on. Use an svd method, "
-            "with the base model."
+            "for a DoRA with the base model's layers."
         )
     return algebra.flat(form[0]), algebra.flat(form[1]), 1.0
 
@@ -314,12 +319,14 @@ def _by_svd(
         dense = _merged([_dense(path, delta, layer) for delta, _ in parts], weights, how)
         down, up, values = _split(dense)
     rank = min(rank, len(values))
-    sums.add(values, rank)
     down, up = down[:rank], up[:, :rank]
+    sums.add(values.square().sum(), values[rank:].square().sum())
     if how.clamp is not None:
+        whole = up @ down
         entries = torch.cat([up.flatten(), down.flatten()]).numpy()
         most = float(np.quantile(entries, how.clamp))
         down, up = down.clamp(-most, most), up.clamp(-most, most)
+        sums.add(0, (whole - up @ down).square().sum())
     return _low_rank(down, up, parts[0][0])
 
 
@@ -329,7 +336,7 @@ def _decomposed(
     """down (R, in*k*k), up (out, R), singular values (R) of sum w ΔW, without forming it where all have factors."""
     forms = [delta.low_rank_form() for delta, _ in parts]
     if any(form is None for form in forms):
-        return _split(sum(w * _dense(path, delta, layer) for delta, w in parts))  # type: ignore[arg-type]
+        return _split(torch.stack([w * _dense(path, delta, layer) for delta, w in parts]).sum(0))
     down = torch.cat([algebra.flat(form[0]) for form in forms if form is not None])
     up = torch.cat(
         [w * algebra.flat(form[1]) for form, (_, w) in zip(forms, parts, strict=True) if form is not None], 1
@@ -347,23 +354,23 @@ def _dense(path: str, delta: Delta, layer: nn.Module | None) -> Tensor:
     form = delta.low_rank_form()
     if form is not None:
         return algebra.flat(form[1]) @ algebra.flat(form[0])
+    if not isinstance(delta, WithMagnitude):
+        return algebra.flat(delta.delta(torch.zeros(delta.shape())))  # made of its factors alone
     if layer is None:
         raise ConfigError(
-            f"{path} is a {type(delta).__name__}, whose change needs the base model's weight. Give the layers of the "
-            "model it was trained on."
+            f"{path} is a DoRA, whose change needs the base model's weight. Give the layers of the model it was "
+            "trained on."
         )
     return algebra.flat(delta.delta(original_weight(layer, path).cpu().float()))
 
 
 def _rank(path: str, delta: Delta) -> int:
-    if isinstance(delta, Factored):
-        return delta.rank
-    form = delta.low_rank_form()
-    if form is None:
+    inner = delta.inner if isinstance(delta, WithMagnitude) else delta
+    if not isinstance(inner, Factored):
         raise ConfigError(
-            f"{path} is a {type(delta).__name__}, which has no rank of its own: give the result's rank."
+            f"{path} is a {type(inner).__name__}, which has no rank of its own: give the result's rank."
         )
-    return len(form[0])
+    return inner.rank
 
 
 def _rank_of(values: Tensor, energy: float) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ __all__ = [
     "parse_parameters",
     "read_png_parameters",
     "save_png",
+    "settled",
 ]
 
 MAX_SEED = 2**63 - 1
@@ -110,6 +112,11 @@ class GenerationRequest:
         for i, seed in enumerate(seeds):
             _whole(f"seeds[{i}]", seed, 0, MAX_SEED, "a picture among others needs a fixed one")
         object.__setattr__(self, "seeds", tuple(seeds))
+
+
+def settled(seed: int | None) -> int:
+    """The seed itself, or one drawn for None and -1."""
+    return random.randrange(2**32) if seed is None or seed < 0 else seed
 
 
 Steps = tuple[tuple[int, dict[str, float | dict[str, Any]]], ...]

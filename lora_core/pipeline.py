@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +14,7 @@ from lora_core.adapter import COMPONENTS
 from lora_core.denoise import OnLatents, OnStep, denoise
 from lora_core.errors import LoraError
 from lora_core.families import family_of_unet
-from lora_core.generation import GeneratedImage, GenerationRequest, Steps, Weights, parameters_text
+from lora_core.generation import GeneratedImage, GenerationRequest, Steps, Weights, parameters_text, settled
 from lora_core.measured_mix import MeasuredMix
 from lora_core.mix import Mix
 from lora_core.models import OpenedBase, open_base
@@ -72,7 +71,7 @@ class LivePipeline(MeasuredMix):
         prompt, tags = split_tags(request.prompt)
         request = replace(request, prompt=prompt)
         with self._generating, self._lock, torch.no_grad():
-            first = random.randrange(2**32) if request.seed is None or request.seed < 0 else request.seed
+            first = settled(request.seed)
             if request.mixes and self.fused:
                 raise LoraError(
                     "The LoRAs are fused into the model, which makes every picture of a batch alike; a mix per picture "

@@ -17,7 +17,6 @@ sheet_seeds = [1, 2, 3]        # the rows of "seeds"; left out, three that begin
 
 from __future__ import annotations
 
-import random
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -29,9 +28,10 @@ from PIL import Image
 
 from lora_core.contact_sheet import Cell, cells_of_loras, cells_of_seeds, checked, rendered, sheet
 from lora_core.errors import ConfigError, LoraError, did_you_mean
-from lora_core.generation import GenerationRequest, free_name, save_png
+from lora_core.generation import GenerationRequest, free_name, save_png, settled
 from lora_core.mix import AdapterWeight, WeightValue
 from lora_core.pipeline import LivePipeline
+from lora_core.prompt_tags import split_tags
 from lora_core.safe_files import write_atomic
 
 SHEETS = ("loras", "seeds")
@@ -131,7 +131,7 @@ class Recipe:
             raise ConfigError("A contact sheet needs a LoRA to weigh: give --lora FILE.")
         names = {Path(file).stem: weight for file, weight in self.loras.items()}
         weights = self.sheet_weights or SHEET_WEIGHTS
-        seed = self.seed if self.seed >= 0 else random.randrange(2**32)
+        seed = settled(self.seed)
         if self.sheet == "seeds":
             return cells_of_seeds(self.sheet_seeds or range(seed, seed + 3), names, weights)
         if self.sheet_seeds:
@@ -151,6 +151,12 @@ def make(recipe: Recipe) -> Iterator[str]:
     Yields one line for each thing done.
     """
     request = recipe.request(None)  # a missing prompt is said before minutes of loading
+    names_given = [Path(file).stem for file in recipe.loras]
+    for tagged in split_tags(recipe.prompt)[1]:  # likewise
+        if tagged not in names_given:
+            raise ConfigError(
+                f'The prompt names the LoRA "{tagged}". Give its file as well: --lora {tagged}.safetensors'
+            )
     cells = recipe.cells()
     if cells:
         checked(request, cells)

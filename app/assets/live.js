@@ -111,7 +111,7 @@
         make('div', { class: 'words' }),
         make('div', { class: 'lora-line' }, make('span', { class: 'lora-name' }, 'Text weight'), text, textField),
         make('button', { class: 'plain solo', 'aria-label': `Only ${name}`, onclick: () => send('row', `solo${name}`, { name, solo: true }) }, 'Only this one'),
-        make('button', { class: 'plain follow', onclick: () => { text.dataset.mine = textField.dataset.mine = 0; send('row', `text${name}`, { name, text: null, }); } }, 'Follow the main weight'),
+        make('button', { class: 'plain follow', onclick: () => { text.dataset.mine = textField.dataset.mine = 0; send('row', `text${name}`, { name, text: null }); } }, 'Follow the main weight'),
         make('span', { class: 'facts' })));
   };
   const updateRow = (e, row) => {

@@ -16,17 +16,10 @@ from typing import Any
 
 import gradio as gr
 
+from app.live import Part
+
 # Every handler answers at once: what lasts is the worker's or the training child's.
 AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-
-
-@dataclass(frozen=True)
-class Part:
-    """`mark` is anything whose text differs when the part should look different; `content` is what live.js draws,
-    None where Gradio does."""
-
-    mark: Callable[[], Any]
-    content: Callable[[], Any] | None
 
 
 @dataclass
@@ -38,19 +31,19 @@ class Parts:
 
     def html(self, name: str, content: Callable[[], str], mark: Callable[[], Any] | None = None) -> None:
         """A place for HTML of ours, filled at once and again whenever it differs."""
-        self.known[name] = Part(mark or content, content)
+        self.known[name] = Part(content, mark)
         gr.HTML(f'<div data-live="{escape(name)}">{content()}</div>', elem_id=name, padding=False)
 
     def data(self, name: str, content: Callable[[], Any], mark: Callable[[], Any] | None = None) -> None:
         """A place that live.js fills from JSON, by the function of that name."""
-        self.known[name] = Part(mark or content, content)
+        self.known[name] = Part(content, mark)
         gr.HTML(f'<div data-live="{escape(name)}"></div>', elem_id=name, padding=False)
 
     def drawn(
         self, name: str, mark: Callable[[], Any], draw: Callable[[], Any], outputs: Sequence[Any]
     ) -> None:
         """Gradio's components `outputs`, set by `draw`."""
-        self.known[name] = Part(mark, None)
+        self.known[name] = Part(mark=mark)
         self._drawings[name] = (draw, outputs)
 
     def finish(self) -> None:

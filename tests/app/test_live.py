@@ -14,15 +14,9 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from app.draft import Draft
-from app.live import pictures_data, routes, rows_data
+from app.live import Part, pictures_data, routes, rows_data
 from app.memory import Row
 from app.session import Session
-
-
-@dataclass(frozen=True)
-class Part:
-    mark: Any
-    content: Any
 
 
 @dataclass
@@ -39,9 +33,9 @@ def app(tmp_path: Path) -> Iterator[App]:
     session.wanted.rows["ink"] = Row("ink", "ink.safetensors", facts="8 of 8 layers", triggers=("zxq",))
     draft, said = Draft(tmp_path / "datasets"), ["first"]
     parts = {
-        "rows": Part(lambda: rows_data(session), lambda: rows_data(session)),
-        "words": Part(lambda: said[-1], lambda: f"<b>{said[-1]}</b>"),
-        "gallery": Part(lambda: len(said), None),
+        "rows": Part(lambda: rows_data(session)),
+        "words": Part(lambda: f"<b>{said[-1]}</b>", lambda: said[-1]),
+        "gallery": Part(mark=lambda: len(said)),
     }
     server = FastAPI()
     server.include_router(routes(session, draft, parts))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lora_core import Adapter, combine, resize
 from lora_core.combining import LOST, METHODS
 from lora_core.deltas import Delta
+from lora_core.deltas.kronecker import Kronecker
 from lora_core.deltas.low_rank import LowRank
 from lora_core.deltas.magnitude import WithMagnitude
 from lora_core.errors import ConfigError, WrongFamily
@@ -82,6 +83,12 @@ def same_masks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def dense(adapter: Adapter, model: Any, name: str) -> Tensor:
     return adapter.deltas[f"unet.{name}"].delta(layer_of(model, name).weight.detach())
+
+
+def rank(adapter: Adapter, path: str) -> int:
+    delta = adapter.deltas[path]
+    assert isinstance(delta, LowRank)
+    return delta.rank
 
 
 PRUNED = [m for m in METHODS if m not in ("cat", "linear", "svd")]
@@ -208,8 +215,37 @@ def test_ranks_may_differ_where_the_method_allows() -> None:
     a, b = ours(peft_model(rank=4), "ink"), ours(peft_model(rank=6), "cat")
     with pytest.raises(ConfigError, match=r"ranks 4, 6.*ties_svd"):
         combine([(a, 1.0), (b, 1.0)], "ties", density=0.5)
-    assert combine([(a, 1.0), (b, 1.0)], "cat").deltas["unet.linear"].low_rank_form()[0].shape[0] == 10  # type: ignore[index]
-    assert combine([(a, 1.0), (b, 1.0)], "svd").deltas["unet.linear"].rank == 6  # type: ignore[attr-defined]
+    assert rank(combine([(a, 1.0), (b, 1.0)], "cat"), "unet.linear") == 10
+    assert rank(combine([(a, 1.0), (b, 1.0)], "svd"), "unet.linear") == 6
+
+
+def test_a_lokr_needs_no_base() -> None:
+    lokr = Kronecker((noise(3, 4, seed=1),), (noise(6, 6, seed=2),), 4.0)
+    a = Adapter({"unet.x": lokr}, {"sshs_model_hash": "of the LoKr"}, name="lokr")
+    b = Adapter({"unet.x": LowRank(noise(2, 24, seed=3), noise(18, 2, seed=4), 2.0)}, name="lora")
+    weight = torch.zeros(18, 24)
+    total = 0.5 * lokr.delta(weight) - b.deltas["unet.x"].delta(weight)
+    one = combine([(a, 0.5), (b, -1.0)], "svd", rank=18)
+    torch.testing.assert_close(one.deltas["unet.x"].delta(weight), total, atol=1e-4, rtol=1e-5)
+    with pytest.raises(ConfigError, match="Kronecker, which has no factors"):
+        combine([(a, 0.5), (b, -1.0)])
+    small = resize(a, rank=2)
+    values = torch.linalg.svdvals(lokr.delta(weight))
+    assert float(small.metadata[LOST]) == pytest.approx(float(values[2:].norm() / values.norm()), rel=1e-3)
+    assert "sshs_model_hash" not in small.metadata
+
+
+def test_what_a_clamp_took_is_said_too() -> None:
+    model = peft_model()
+    pairs = [(ours(model, "ink"), 1.0)]
+    assert float(combine(pairs, "svd").metadata[LOST]) < 1e-5
+    clamped = combine(pairs, "svd", clamp=0.9)
+    lost = whole = 0.0
+    for name in NAMES:
+        before = dense(pairs[0][0], model, name)
+        lost += float((dense(clamped, model, name) - before).square().sum())
+        whole += float(before.square().sum())
+    assert float(clamped.metadata[LOST]) == pytest.approx((lost / whole) ** 0.5, rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -222,7 +258,7 @@ def test_resized_by_rank_and_by_energy(dtype: torch.dtype) -> None:
     for path, delta in wide.deltas.items():
         weight = torch.zeros(delta.shape())
         whole = delta.delta(weight)
-        assert same.deltas[path].rank == 8  # type: ignore[attr-defined]
+        assert rank(same, path) == 8
         close = 1e-5 if dtype is torch.float32 else 2e-2
         torch.testing.assert_close(same.deltas[path].delta(weight), whole, atol=close, rtol=close)
         kept = small.deltas[path]
