@@ -156,6 +156,7 @@ def test_recipe_and_flags(tmp_path: Path, lora: Path, capsys: pytest.CaptureFixt
     ("words", "says"),
     [
         (["--generate"], "no prompt"),
+        (["--generate", "--prompt", "a cat <lora:ink:1>"], "--lora ink.safetensors"),
         (["--generate", "--prompt", "x", "--steps", "0"], "steps"),
         (["--generate", "missing.toml"], "cannot be read"),
         (["--train"], "Name a preset"),

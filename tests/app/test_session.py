@@ -129,6 +129,9 @@ def test_one_alone_and_all_again(session: Session, files: Path, tmp_path: Path) 
     session.play_alone("glow")
     assert session.pipe.weights == {"ink": 1.0, "glow": 0.4}
     session.play_alone("ink")
+    done(session.wear(["glow"]))  # worn anew, at weight 1: still silent beside the one
+    assert session.pipe.weights == {"ink": 1.0, "glow": 0.0}
+    session.set_row("glow", weight=0.4)
     done(session.remove("ink"))
     picture(session)
     assert session.pipe.weights == {"glow": 0.4}
