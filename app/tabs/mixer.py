@@ -19,16 +19,13 @@ def create(session: Session, parts: Parts) -> dict[str, Any]:
         c["fuse"] = gr.Button("Fuse", elem_id="fuse", size="sm", min_width=80)
         c["unfuse"] = gr.Button("Unfuse", elem_id="unfuse", size="sm", min_width=80)
         c["unload"] = gr.Button("Take all off", elem_id="unload", size="sm", min_width=80)
-    with gr.Row():
-        c["auto"] = gr.Checkbox(
-            session.wanted.auto,
-            label="Fuse by itself once the mix has stood still",
-            elem_id="auto",
-            container=False,
-            scale=4,
-            min_width=200,
-        )
         c["measure"] = gr.Button("Measure", elem_id="measure", size="sm", min_width=80)
+    c["auto"] = gr.Checkbox(
+        session.wanted.auto,
+        label="Fuse by itself once the mix has stood still",
+        elem_id="auto",
+        container=False,
+    )
     c["auto"].input(session.set_auto, c["auto"], None, **AT_ONCE)
     c["measure"].click(lambda: _void(session.measure()), None, None, **AT_ONCE)
     c["fuse"].click(lambda: _void(session.fuse()), None, None, **AT_ONCE)
