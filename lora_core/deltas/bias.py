@@ -1,0 +1,39 @@
+"""A change of the layer's bias beside that of its weight, or alone (kohya's and LyCORIS' `diff_b`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lora_core.deltas import Delta
+
+
+@dataclass(frozen=True, eq=False)
+class WithBias:
+    """b' = b + `bias`, (out,); `inner` changes the weight, None leaves it alone. Outermost of the modifiers: a
+    magnitude is of the weight, so DoRA with a bias is WithBias(WithMagnitude(...))."""
+
+    inner: Delta | None
+    bias: Tensor
+
+    def shape(self) -> tuple[int, ...]:
+        """(out,) where the bias is all there is: no more is told."""
+        return (int(self.bias.shape[0]),) if self.inner is None else self.inner.shape()
+
+    def delta(self, original: Tensor) -> Tensor:
+        """Of the weight."""
+        if self.inner is None:
+            return torch.zeros(original.shape, dtype=torch.float32, device=original.device)
+        return self.inner.delta(original)
+
+    def low_rank_form(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.inner is None else self.inner.low_rank_form()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {**({} if self.inner is None else self.inner.tensors()), "diff_b": self.bias}
+
+    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> WithBias:
+        inner = None if self.inner is None else self.inner.to(dtype=dtype, device=device)
+        return replace(self, inner=inner, bias=self.bias.to(device, dtype))
