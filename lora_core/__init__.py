@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lora_core.combining import combine, resize
     from lora_core.config import LoraConfig
     from lora_core.errors import LoraError
+    from lora_core.extracting import extract
     from lora_core.formats import read_adapter, write_adapter
     from lora_core.generation import GeneratedImage, GenerationRequest
     from lora_core.mix import Mix
@@ -35,6 +36,7 @@ _HOMES = {
     "collect": "train_form",
     "combine": "combining",
     "detach": "train_form",
+    "extract": "extracting",
     "open_base": "models",
     "read_adapter": "formats",
     "resize": "combining",
@@ -55,6 +57,7 @@ __all__ = [
     "collect",
     "combine",
     "detach",
+    "extract",
     "open_base",
     "read_adapter",
     "resize",

@@ -52,11 +52,20 @@ class Stored:
 
         Raises FileRefused if a file is no longer the one that was opened.
         """
+        self.check_unchanged()
+        for name in self.places:
+            yield name, self.tensor(name)
+
+    def tensor(self, name: str) -> Tensor:
+        """One of them, read now. Changed files are not noticed: see check_unchanged."""
+        header, key = self.places[name]
+        return read_tensors(header, [key])[key].reshape(self.shapes[name])
+
+    def check_unchanged(self) -> None:
+        """Raise FileRefused if a file is no longer the one that was opened."""
         for path, known in {header.path: header for header, _ in self.places.values()}.items():
             if read_header(path).tensors != known.tensors:
                 raise FileRefused(f"{path.name} has changed on disk since it was opened. Open it again.")
-        for name, (header, key) in self.places.items():
-            yield name, read_tensors(header, [key])[key].reshape(self.shapes[name])
 
 
 def locate(component: str, model: nn.Module, keys: Mapping[str, str], headers: Iterable[Header]) -> Stored:

@@ -25,7 +25,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,9 +35,9 @@ from lora_core.deltas.low_rank import LowRank
 from lora_core.deltas.magnitude import WithMagnitude
 from lora_core.errors import ConfigError, WrongFamily, did_you_mean
 from lora_core.formats.metadata import HASHES
+from lora_core.lower_rank import LOST, Lost, check_rank, clamped, low_rank, rank_of, svd
 from lora_core.worn import original_weight
 
-LOST = "lora_loom.lost"  # metadata: |ΔW - what is left of it| / |ΔW|, over all layers
 FROM = "lora_loom.combined"  # metadata: from what, and how
 
 Method = Literal[
@@ -148,7 +147,7 @@ def combine(
         signed_election=signed_election,
     )
     family = _one_family(adapters)
-    sums = _Lost()
+    sums = Lost()
     deltas: dict[str, Delta] = {}
     for path in dict.fromkeys(path for adapter, _ in adapters for path in adapter.deltas):
         parts = [(adapter.deltas[path], float(w)) for adapter, w in adapters if path in adapter.deltas]
@@ -171,15 +170,8 @@ def resize(
 
     What has factors never gets a higher rank than before. A DoRA needs `layers`, as in `combine`.
     """
-    if (rank is None) == (energy is None):
-        raise ConfigError(
-            "Give either rank or energy: the one is a number of slots, the other a share to keep."
-        )
-    if rank is not None and rank < 1:
-        raise ConfigError(f"rank = {rank} must be 1 or more.")
-    if energy is not None and not 0 < energy <= 1:
-        raise ConfigError(f"energy = {energy} is a share to keep: above 0 to 1. Usual is 0.95.")
-    sums = _Lost()
+    check_rank(rank, energy)
+    sums = Lost()
     deltas: dict[str, Delta] = {}
     for path, delta in adapter.deltas.items():
         down, up, values = _decomposed(path, [(delta, 1.0)], (layers or {}).get(path))
@@ -187,29 +179,13 @@ def resize(
             assert rank is not None
             kept = min(rank, len(values))
         else:
-            kept = _rank_of(values, energy)
+            kept = rank_of(values, energy)
         sums.add(values.square().sum(), values[kept:].square().sum())
         deltas[path] = _low_rank(down[:kept], up[:, :kept], delta)
     kept_facts = {
         key: value for key, value in adapter.metadata.items() if key not in HASHES
     }  # of other tensors
     return replace(adapter, deltas=deltas, metadata={**kept_facts, LOST: f"{sums.share:.6f}"})
-
-
-class _Lost:
-    """What a lower rank (and a clamp) left out, over all layers; to first order where both did."""
-
-    def __init__(self) -> None:
-        self.all = self.gone = 0.0
-
-    def add(self, whole: Tensor | float, gone: Tensor | float) -> None:
-        """Squared norms of one layer."""
-        self.all += float(whole)
-        self.gone += float(gone)
-
-    @property
-    def share(self) -> float:
-        return (self.gone / self.all) ** 0.5 if self.all else 0.0
 
 
 def _one_family(adapters: Sequence[tuple[Adapter, float]]) -> str | None:
@@ -309,7 +285,7 @@ def elected(stack: Tensor, majority: str) -> Tensor:
 
 
 def _by_svd(
-    path: str, parts: Sequence[tuple[Delta, float]], how: Combination, layer: nn.Module | None, sums: _Lost
+    path: str, parts: Sequence[tuple[Delta, float]], how: Combination, layer: nn.Module | None, sums: Lost
 ) -> LowRank:
     rank = how.rank or max(_rank(path, delta) for delta, _ in parts)
     if how.method == "svd" and how.clamp is None:
@@ -317,15 +293,13 @@ def _by_svd(
     else:
         weights = torch.tensor([weight for _, weight in parts])
         dense = _merged([_dense(path, delta, layer) for delta, _ in parts], weights, how)
-        down, up, values = _split(dense)
+        down, up, values = svd(dense)
     rank = min(rank, len(values))
     down, up = down[:rank], up[:, :rank]
     sums.add(values.square().sum(), values[rank:].square().sum())
     if how.clamp is not None:
         whole = up @ down
-        entries = torch.cat([up.flatten(), down.flatten()]).numpy()
-        most = float(np.quantile(entries, how.clamp))
-        down, up = down.clamp(-most, most), up.clamp(-most, most)
+        down, up = clamped(down, up, how.clamp)
         sums.add(0, (whole - up @ down).square().sum())
     return _low_rank(down, up, parts[0][0])
 
@@ -336,17 +310,12 @@ def _decomposed(
     """down (R, in*k*k), up (out, R), singular values (R) of sum w ΔW, without forming it where all have factors."""
     forms = [delta.low_rank_form() for delta, _ in parts]
     if any(form is None for form in forms):
-        return _split(torch.stack([w * _dense(path, delta, layer) for delta, w in parts]).sum(0))
+        return svd(torch.stack([w * _dense(path, delta, layer) for delta, w in parts]).sum(0))
     down = torch.cat([algebra.flat(form[0]) for form in forms if form is not None])
     up = torch.cat(
         [w * algebra.flat(form[1]) for form, (_, w) in zip(forms, parts, strict=True) if form is not None], 1
     )
     return algebra.svd_of_product(down, up)
-
-
-def _split(dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    u, values, vh = torch.linalg.svd(dense, full_matrices=False)
-    return vh, u * values, values
 
 
 def _dense(path: str, delta: Delta, layer: nn.Module | None) -> Tensor:
@@ -373,18 +342,9 @@ def _rank(path: str, delta: Delta) -> int:
     return inner.rank
 
 
-def _rank_of(values: Tensor, energy: float) -> int:
-    shares = values.double().square().cumsum(0)
-    return min(int((shares < energy * shares[-1] * (1 - 1e-12)).sum()) + 1, len(values))
-
-
 def _low_rank(down: Tensor, up: Tensor, like: Delta) -> LowRank:
     """In the shape and dtype of the layer's files; scale 1."""
-    shape = like.shape()
-    dtype = next(iter(like.tensors().values())).dtype
-    down = down.reshape(-1, *shape[1:]).to(dtype).contiguous()
-    up = up.reshape(len(up), -1, *[1] * (len(shape) - 2)).to(dtype).contiguous()
-    return LowRank(down, up, float(len(down)))
+    return low_rank(down, up, like.shape(), next(iter(like.tensors().values())).dtype)
 
 
 def _with_svd(method: str) -> str:

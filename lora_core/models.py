@@ -113,6 +113,32 @@ class OpenedBase:
                 yield part.component, name, tensor
 
 
+@dataclass(frozen=True, eq=False)
+class FoundBase:
+    """A base model on disk, measured and checked, its weights not yet read: the modules of `parts` are on the meta
+    device."""
+
+    family: Family
+    name: str
+    path: Path
+    parts: dict[str, Any]
+    stored: tuple[Stored, ...]
+    unused: tuple[str, ...]
+
+
+def find_base(source: str | Path) -> FoundBase:
+    """`open_base` without its last step, for those who want a few tensors or none. Raises FileRefused."""
+    name, path = _find(source)
+    parts, stored, unused = _folder(path) if path.is_dir() else _single(path)
+    family = family_of_unet(parts["unet"])
+    if (family.key == "sdxl") != ("text_encoder_2" in parts):
+        raise FileRefused(
+            f"{name} has the UNet of {family.title} but not its text encoders: its parts belong to different "
+            "models. Download it again."
+        )
+    return FoundBase(family, name, path, parts, stored, unused)
+
+
 def open_base(source: str | Path, *, device: Any = None, dtype: torch.dtype | None = None) -> OpenedBase:
     """Open "demo", a diffusers folder, an SD 1.x .safetensors file or a hub id.
 
@@ -122,26 +148,21 @@ def open_base(source: str | Path, *, device: Any = None, dtype: torch.dtype | No
     """
     device = torch.device(device) if device is not None else _best_device()
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
-    name, path = _find(source)
-    parts, stored, unused = _folder(path) if path.is_dir() else _single(path)
-    family = family_of_unet(parts["unet"])
-    if (family.key == "sdxl") != ("text_encoder_2" in parts):
-        raise FileRefused(
-            f"{name} has the UNet of {family.title} but not its text encoders: its parts belong to different "
-            "models. Download it again."
-        )
-    for part in stored:  # now that nothing can be refused any more: this reads gigabytes
-        fill(parts[part.component], part, device=device, dtype=dtype)
-    pipeline = _assemble(parts)
+    found = find_base(source)
+    for part in found.stored:  # now that nothing can be refused any more: this reads gigabytes
+        fill(found.parts[part.component], part, device=device, dtype=dtype)
+    pipeline = _assemble(found.parts)
     pipeline.to(device)  # weights are there already: this moves the buffers
-    if unused:
-        shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
+    if found.unused:
+        shown = ", ".join(found.unused[:5]) + (
+            f" and {len(found.unused) - 5} more" if len(found.unused) > 5 else ""
+        )
         warnings.warn(
-            f"{name}: {len(unused)} tensors belong to nothing in an {family.title} model and are not used: "
-            f"{shown}.",
+            f"{found.name}: {len(found.unused)} tensors belong to nothing in an {found.family.title} model and are "
+            f"not used: {shown}.",
             stacklevel=2,
         )
-    return OpenedBase(pipeline, family, name, path, unused, stored)
+    return OpenedBase(pipeline, found.family, found.name, found.path, found.unused, found.stored)
 
 
 def clip_tokenizer() -> CLIPTokenizer:

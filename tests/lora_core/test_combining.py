@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_core import Adapter, combine, resize
-from lora_core.combining import LOST, METHODS
+from lora_core.combining import METHODS
 from lora_core.deltas import Delta
 from lora_core.deltas.kronecker import Kronecker
 from lora_core.deltas.low_rank import LowRank
 from lora_core.deltas.magnitude import WithMagnitude
 from lora_core.errors import ConfigError, WrongFamily
+from lora_core.lower_rank import LOST
 
 RANK, ALPHA = 4, 7.0
 NAMES = ("linear", "strided", "pointwise")
