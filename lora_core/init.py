@@ -1,4 +1,4 @@
-"""How A and B begin. Each function fills both in place; the identity at step 0 where it says so."""
+"""How A and B begin: `begin` is asked once per layer. The identity at step 0 where it says so."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from lora_core.trainable import Site
 
 
 @torch.no_grad()
@@ -35,3 +37,16 @@ INITIALISERS: dict[str, Callable[[Tensor, Tensor, torch.Generator | None], None]
     "kaiming": kaiming,
     "random": random,
 }
+
+
+def begin(site: Site, *, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """-> fp32 down (r, in[, k, k]) and up (out, r[, 1, 1]) on the layer's device, by the config's `init`.
+
+    `scale` is the s of ΔW = s B A, and `site.original()` the weight, for beginnings that depend on them; it is
+    read only by those, since it may have to be brought from a host or dequantised.
+    """
+    out, *inner = site.shape
+    down = torch.empty(rank, *inner, device=site.device)
+    up = torch.empty(out, rank, *[1] * (len(inner) - 1), device=site.device)
+    INITIALISERS[site.config.init](down, up, site.generator)
+    return down, up

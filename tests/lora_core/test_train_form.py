@@ -11,7 +11,9 @@ from torch import nn
 
 from lora_core import LoraConfig, attach, collect, detach
 from lora_core.errors import ConfigError, NothingMatched
-from lora_core.train_form import LoraForm, TrainableLayer
+from lora_core.train_form import LoraForm
+from lora_core.trainable.layer import TrainableLayer
+from lora_core.trainable.low_rank import TrainableLowRank
 from tests.small_models import small_pipeline
 
 
@@ -28,6 +30,12 @@ class Toy(nn.Module):
     def forward(self, x: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
         low = self.plain(torch.tanh(self.proj(x)))
         return low + self.conv2(torch.tanh(self.conv1(image))).mean((2, 3))
+
+
+def low_rank(layer: nn.Module) -> TrainableLowRank:
+    assert isinstance(layer, TrainableLayer)
+    assert isinstance(layer.factors, TrainableLowRank)
+    return layer.factors
 
 
 TARGETS = ("proj", "plain", "conv1", "conv2")
@@ -53,11 +61,12 @@ def pair(variant: str, rank_stabilized: bool = False) -> tuple[Toy, LoraForm, pe
     for path, own in zip(form.paths, form.layers, strict=True):
         layer = theirs.base_model.model.get_submodule(path.removeprefix("unet."))
         assert isinstance(own, TrainableLayer)
+        factors = low_rank(own)
         with torch.no_grad():
-            own.down.normal_(std=0.3)
-            own.up.normal_(std=0.3)
-            layer.lora_A["default"].weight.copy_(own.down)
-            layer.lora_B["default"].weight.copy_(own.up)
+            factors.down.normal_(std=0.3)
+            factors.up.normal_(std=0.3)
+            layer.lora_A["default"].weight.copy_(factors.down)
+            layer.lora_B["default"].weight.copy_(factors.up)
             if own.magnitude is not None:
                 own.magnitude.mul_(torch.rand_like(own.magnitude) + 0.5)
                 magnitude = layer.lora_magnitude_vector["default"].weight
@@ -77,8 +86,11 @@ def test_forward_and_gradients_equal_peft(variant: str, rank_stabilized: bool) -
     for path, own in zip(form.paths, form.layers, strict=True):
         layer = theirs.base_model.model.get_submodule(path.removeprefix("unet."))
         assert isinstance(own, TrainableLayer)
-        torch.testing.assert_close(own.down.grad, layer.lora_A["default"].weight.grad, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(own.up.grad, layer.lora_B["default"].weight.grad, rtol=1e-4, atol=1e-4)
+        factors = low_rank(own)
+        torch.testing.assert_close(
+            factors.down.grad, layer.lora_A["default"].weight.grad, rtol=1e-4, atol=1e-4
+        )
+        torch.testing.assert_close(factors.up.grad, layer.lora_B["default"].weight.grad, rtol=1e-4, atol=1e-4)
         if own.magnitude is not None:
             want = layer.lora_magnitude_vector["default"].weight.grad
             assert own.magnitude.grad is not None
@@ -98,9 +110,8 @@ def test_no_op_at_birth(variant: str, init: str) -> None:
 def test_gaussian_has_diffusers_spread() -> None:
     form = attach(nn.Sequential(nn.Linear(4000, 8)), LoraConfig(rank=16, alpha=4, targets="all-linear"))
     (layer,) = form.layers
-    assert isinstance(layer, TrainableLayer)
-    assert layer.down.std().item() == pytest.approx(1 / 16, rel=0.02)
-    assert not layer.up.any()
+    assert low_rank(layer).down.std().item() == pytest.approx(1 / 16, rel=0.02)
+    assert not low_rank(layer).up.any()
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
@@ -200,5 +211,6 @@ def test_rank_and_alpha_patterns() -> None:
         Toy(),
         LoraConfig(rank=2, alpha=3, targets=TARGETS, rank_pattern={"conv.*": 5}, alpha_pattern={"proj": 9}),
     )
-    found = {path: (layer.rank, layer.alpha) for path, layer in zip(form.paths, form.layers, strict=True)}
+    layers = zip(form.paths, form.layers, strict=True)
+    found = {path: (low_rank(layer).rank, low_rank(layer).alpha) for path, layer in layers}
     assert found == {"unet.proj": (2, 9), "unet.plain": (2, 3), "unet.conv1": (5, 3), "unet.conv2": (5, 3)}
