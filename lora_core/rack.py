@@ -240,4 +240,4 @@ class _Group:
             return
         self.buffer = rows.to(self.device)
         for slot, start, end in zip(self.slots, self.ends, self.ends[1:], strict=False):
-            slot.weights = self.buffer[:, start:end]
+            slot.weigh(self.buffer[:, start:end])
