@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_core.adapter import Adapter, Coverage
+    from lora_core.baking import bake
     from lora_core.base_weights import BaseReport
     from lora_core.combining import combine, resize
     from lora_core.config import LoraConfig
@@ -33,6 +34,7 @@ _HOMES = {
     "LoraError": "errors",
     "Mix": "mix",
     "attach": "train_form",
+    "bake": "baking",
     "collect": "train_form",
     "combine": "combining",
     "detach": "train_form",
@@ -54,6 +56,7 @@ __all__ = [
     "LoraError",
     "Mix",
     "attach",
+    "bake",
     "collect",
     "combine",
     "detach",

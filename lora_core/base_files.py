@@ -61,6 +61,10 @@ class Stored:
         header, key = self.places[name]
         return read_tensors(header, [key])[key].reshape(self.shapes[name])
 
+    def dtype(self, name: str) -> torch.dtype:
+        header, key = self.places[name]
+        return DTYPES[header.tensors[key].dtype]
+
     def check_unchanged(self) -> None:
         """Raise FileRefused if a file is no longer the one that was opened."""
         for path, known in {header.path: header for header, _ in self.places.values()}.items():

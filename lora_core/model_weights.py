@@ -1,81 +1,143 @@
 """A model's parameters by name, wherever the model is: in memory, or on disk without being opened.
 
-One parameter is in memory at a time, so that two models of an SDXL's size can be compared on any machine.
+One layer is in memory at a time, so that what needs two models of an SDXL's size runs on any machine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from lora_core.adapter import COMPONENTS, file_path
+from lora_core.base_files import Stored
 from lora_core.errors import LoraError
 from lora_core.families import Family, family_of_unet
 from lora_core.models import OpenedBase, find_base
 
-PARTS = ("unet", "text_encoder", "text_encoder_2", "vae")
+PARTS = (*COMPONENTS, "vae")
 
 
 @dataclass(frozen=True, eq=False)
 class ModelWeights:
     """`models` by component are there for their structure, and may be on the meta device; `read` (component,
-    parameter name) gives a tensor in the model's shape and in the dtype it is stored in."""
+    parameter name) gives a tensor in the model's shape and in the dtype it is stored in.
+
+    pipeline    a diffusers pipeline of these models, for its scheduler, tokenizers and configuration
+    """
 
     name: str
     family: Family
     models: Mapping[str, nn.Module]
     read: Callable[[str, str], Tensor]
-    v_prediction: bool
+    dtype_of: Callable[[str, str], torch.dtype]  # without reading it
+    pipeline: Any
+
+    @property
+    def v_prediction(self) -> bool:
+        return bool(self.pipeline.scheduler.config.get("prediction_type") == "v_prediction")
+
+    def layers(self) -> Mapping[str, nn.Module]:
+        """Adapter path -> layer with its weights, each read when it is asked for."""
+        return _Layers(self)
 
 
-def weights_of(source: Any) -> ModelWeights:
-    """`source`: all that `open_base` takes, or an opened model (OpenedBase, LivePipeline, a diffusers pipeline) with
-    the weights it has now: what LoRAs on the rack add is not in them, what is fused is.
+def weights_of(source: Any, *, pristine: bool = False) -> ModelWeights:
+    """`source`: all that `open_base` takes, or an opened model (OpenedBase, LivePipeline, a diffusers pipeline).
 
-    Raises FileRefused, and LoraError for weights that are not there (offloaded, quantised).
+    An opened model gives the weights it has now: what LoRAs on the rack add is not in them, what is fused is. With
+    `pristine` one that was opened from files gives what stands in these. Raises FileRefused, and LoraError for
+    weights that are not there (offloaded, quantised).
     """
     if isinstance(source, str | Path):
         found = find_base(source)
-        stored = {part.component: part for part in found.stored}
-        for part in found.stored:
-            part.check_unchanged()
-        models = {c: found.parts[c] for c in PARTS if c in found.parts}
-        return ModelWeights(
-            found.name,
-            found.family,
-            models,
-            lambda component, name: stored[component].tensor(name),
-            _predicts_v(found.parts["scheduler"]),
-        )
+        return _stored(found.name, found.family, found.stored, found.pipeline)
     pipeline = getattr(source, "pipeline", source)
     opened = source if isinstance(source, OpenedBase) else getattr(source, "opened", None)
-    models = {c: getattr(pipeline, c) for c in PARTS if getattr(pipeline, c, None) is not None}
+    if pristine and opened is not None:
+        return _stored(opened.name, opened.family, opened.stored, pipeline)
+    models = _models(pipeline)
     if "unet" not in models:
         raise LoraError(
             f"{type(source).__name__} is no model with a UNet. Give a folder, a .safetensors file or an opened model."
         )
     live = {c: dict(model.named_parameters()) for c, model in models.items()}
     name = opened.name if opened else type(pipeline).__name__
+
+    def read(component: str, key: str) -> Tensor:
+        parameter = live[component][key]
+        if parameter.is_meta or not parameter.is_floating_point():
+            raise LoraError(
+                f"{component}.{key} of {name} is offloaded or quantised ({parameter.dtype}, {parameter.device}). "
+                "Give the model's file or folder instead."
+            )
+        return parameter.detach()
+
     return ModelWeights(
         name,
         family_of_unet(models["unet"]),
         models,
-        lambda component, key: _there(live[component][key], f"{component}.{key}", name),
-        _predicts_v(pipeline.scheduler),
+        read,
+        lambda component, key: live[component][key].dtype,
+        pipeline,
     )
 
 
-def _there(parameter: Tensor, path: str, name: str) -> Tensor:
-    if parameter.is_meta or not parameter.is_floating_point():
-        raise LoraError(
-            f"{path} of {name} is offloaded or quantised ({parameter.dtype}, {parameter.device}). Give the model's "
-            "file or folder instead."
-        )
-    return parameter.detach()
+def layers_of(source: Any) -> Mapping[str, nn.Module]:
+    """Adapter path -> layer that holds W0, read from `source` (as in `weights_of`) when it is asked for: what
+    `combine`, `resize`, `overlap` and `strength_of` want for a DoRA, without opening the model."""
+    return weights_of(source, pristine=True).layers()
 
 
-def _predicts_v(scheduler: Any) -> bool:
-    return bool(scheduler.config.get("prediction_type") == "v_prediction")
+def _models(pipeline: Any) -> dict[str, nn.Module]:
+    return {c: getattr(pipeline, c) for c in PARTS if getattr(pipeline, c, None) is not None}
+
+
+def _stored(name: str, family: Family, parts: tuple[Stored, ...], pipeline: Any) -> ModelWeights:
+    stored = {part.component: part for part in parts}
+    for part in parts:
+        part.check_unchanged()
+    return ModelWeights(
+        name,
+        family,
+        _models(pipeline),
+        lambda component, key: stored[component].tensor(key),
+        lambda component, key: stored[component].dtype(key),
+        pipeline,
+    )
+
+
+class _Layers(Mapping[str, nn.Module]):
+    def __init__(self, weights: ModelWeights) -> None:
+        self._weights = weights
+        self._at = {
+            file_path(component, path): (component, path, module)
+            for component, model in weights.models.items()
+            if component in COMPONENTS
+            for path, module in model.named_modules()
+            if isinstance(getattr(module, "weight", None), nn.Parameter)
+        }
+
+    def __getitem__(self, adapter_path: str) -> nn.Module:
+        component, path, module = self._at[adapter_path]
+        layer: nn.Module = copy.copy(
+            module
+        )  # the module itself stays as it is; copies share what is not assigned anew
+        layer._parameters = {
+            name: None
+            if parameter is None
+            else nn.Parameter(self._weights.read(component, f"{path}.{name}"), requires_grad=False)
+            for name, parameter in module._parameters.items()
+        }
+        return layer
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._at)
+
+    def __len__(self) -> int:
+        return len(self._at)

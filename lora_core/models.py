@@ -125,6 +125,11 @@ class FoundBase:
     stored: tuple[Stored, ...]
     unused: tuple[str, ...]
 
+    @functools.cached_property
+    def pipeline(self) -> Any:
+        """A StableDiffusion(XL)Pipeline of the parts as they are."""
+        return _assemble(self.parts)
+
 
 def find_base(source: str | Path) -> FoundBase:
     """`open_base` without its last step, for those who want a few tensors or none. Raises FileRefused."""
@@ -151,7 +156,7 @@ def open_base(source: str | Path, *, device: Any = None, dtype: torch.dtype | No
     found = find_base(source)
     for part in found.stored:  # now that nothing can be refused any more: this reads gigabytes
         fill(found.parts[part.component], part, device=device, dtype=dtype)
-    pipeline = _assemble(found.parts)
+    pipeline = found.pipeline
     pipeline.to(device)  # weights are there already: this moves the buffers
     if found.unused:
         shown = ", ".join(found.unused[:5]) + (

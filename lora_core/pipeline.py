@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lora_core.adapter import COMPONENTS
+from lora_core.baking import Baked, Loras, bake
 from lora_core.denoise import OnLatents, OnStep, denoise
 from lora_core.errors import LoraError
 from lora_core.families import family_of_unet
@@ -101,6 +102,29 @@ class LivePipeline(MeasuredMix):
                 )
                 for picture, seed, history in zip(pictures, seeds, histories, strict=True)
             ]
+
+    def bake(
+        self, out: str | Path, *, dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None
+    ) -> Baked:
+        """Write a standalone model with the mix in it (PEFT's merge and unload): see baking.bake. This one is
+        not changed; a model that was given from memory is unfused meanwhile."""
+        with self._lock:
+            self._refuse_fusing(self._mix)
+            loras = [(replace(a, name=name), self._mix[name]) for name, a in self._adapters.items()]
+            if self.opened is None:
+                return self._bake_from_memory(loras, out, dtype, metadata)
+        return bake(self.opened, loras, out, dtype=dtype, metadata=metadata)  # from its files
+
+    def _bake_from_memory(
+        self, loras: Loras, out: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None
+    ) -> Baked:
+        fused = self.fused
+        self._unfuse()
+        try:
+            return bake(self.pipeline, loras, out, dtype=dtype, metadata=metadata)
+        finally:
+            if fused:
+                self._fuse()
 
     def stop(self) -> None:
         """From another thread: the running generation ends after its step, with `Stopped`."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ __all__ = [
     "read_tensors",
     "save_tensors",
     "serialized",
+    "stream_tensors",
     "sweep_partials",
     "tensors_sha256",
     "write_atomic",
@@ -104,6 +106,59 @@ def save_tensors(
     write_atomic(path, write, needed=len(data))
 
 
+def stream_tensors(
+    path: Path | str,
+    outlines: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    produce: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """`save_tensors` for what is larger than memory: one tensor at a time is made, written, read back and compared.
+
+    outlines    name -> dtype and shape; produce(name) gives that tensor, on any device. It is called once for each,
+                the widest dtypes first, so that all lie aligned
+    Raises SaveFailed; what `produce` raises goes through, and nothing is left behind.
+    """
+    path, names = Path(path), {dtype: name for name, dtype in DTYPES.items()}
+    order = sorted(outlines, key=lambda name: (-outlines[name][0].itemsize, name))
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for name in order:
+        dtype, shape = outlines[name]
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(partial: Path) -> None:
+        digests = {}
+        with partial.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in order:
+                tensor = produce(name).detach().to("cpu")
+                assert (tensor.dtype, tuple(tensor.shape)) == outlines[name], name
+                data = _bytes(tensor).numpy().data
+                file.write(data)
+                digests[name] = hashlib.blake2b(data).digest()
+        _compare_digests(partial, digests, path)
+
+    write_atomic(path, write, needed=8 + len(text) + end)
+
+
+def _compare_digests(written: Path, digests: Mapping[str, bytes], path: Path) -> None:
+    try:
+        header = read_header(written)
+        same = set(header.tensors) == set(digests) and all(
+            hashlib.blake2b(_bytes(read_tensors(header, [name])[name]).numpy().data).digest() == digest
+            for name, digest in digests.items()
+        )
+    except FileRefused as problem:
+        raise SaveFailed(
+            f"{path.name} could not be saved: what was written is not a file we would read ({problem})"
+        ) from problem
+    if not same:
+        raise SaveFailed(_other_bytes(path))
+
+
 def _compare(written: Path, tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
     """Done on the temporary file: a bad copy never takes the place of a good one."""
     try:
@@ -118,10 +173,14 @@ def _compare(written: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
             f"{path.name} could not be saved: what was written is not a file we would read ({problem})"
         ) from problem
     if not same:
-        raise SaveFailed(
-            f"{path.name} could not be saved in {path.parent}: reading it back gave other bytes than were "
-            "written. The disk or the memory may be failing; save to another disk."
-        )
+        raise SaveFailed(_other_bytes(path))
+
+
+def _other_bytes(path: Path) -> str:
+    return (
+        f"{path.name} could not be saved in {path.parent}: reading it back gave other bytes than were written. The "
+        "disk or the memory may be failing; save to another disk."
+    )
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -45,6 +45,26 @@ def write_atomic(path: Path | str, write: Callable[[Path], None], *, needed: int
             partial.unlink(missing_ok=True)
 
 
+def write_folder_atomic(path: Path | str, write: Callable[[Path], None]) -> None:
+    """Call `write` with a new empty folder beside `path`, then give it that name, which must not exist yet.
+
+    Raises SaveFailed for every OSError; what else `write` raises goes through. Whenever it fails, nothing is left.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name[:40]}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    try:
+        partial.mkdir(parents=True)
+        write(partial)
+        for part in (*partial.rglob("*"), partial):
+            _flush(part)
+        os.rename(partial, path)
+        _flush(path.parent)
+    except OSError as problem:
+        raise SaveFailed(_why_not_saved(path, problem, None)) from problem
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def copy_atomic(source: Path | str, path: Path | str) -> None:
     """A copy of a file's bytes, whole or not there. Raises SaveFailed."""
 
@@ -55,14 +75,17 @@ def copy_atomic(source: Path | str, path: Path | str) -> None:
 
 
 def sweep_partials(folder: Path | str) -> list[Path]:
-    """Remove the temporary files that killed processes left in `folder`; those of a living writer stay."""
+    """Remove the temporary files and folders that killed processes left in `folder`; those of a living writer stay."""
     swept: list[Path] = []
     for partial in Path(folder).glob(".*.partial"):
         named = re.search(r"\.(\d+)-[0-9a-f]{8}\.partial$", partial.name)
         if named is None or _still_writing(int(named[1]), partial):
             continue
         with contextlib.suppress(OSError):
-            partial.unlink()
+            if partial.is_dir():
+                shutil.rmtree(partial)
+            else:
+                partial.unlink()
             swept.append(partial)
     return swept
 

@@ -14,16 +14,20 @@ from __future__ import annotations
 import functools
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from itertools import count
+from pathlib import Path
 from typing import Any
 
-from lora_core.clip_vocabulary import SIZE
-from lora_core.errors import FileRefused
+import torch
+
+from lora_core.clip_vocabulary import SIZE, clip_vocabulary
+from lora_core.errors import ConfigError, FileRefused
 from lora_core.families import by
 from lora_core.ldm_names import PREFIXES
-from lora_core.safe_files import Header
+from lora_core.safe_header import DTYPES, Header, TensorInfo
 
 _UNET, _VAE, _TEXT = PREFIXES["unet"], PREFIXES["vae"], PREFIXES["text_encoder"]
 _TEXT_2022 = "cond_stage_model.transformer."  # some early mergers dropped "text_model."
@@ -63,6 +67,7 @@ _OTHERS: tuple[tuple[str, str, str], ...] = (
         "Open the folder it belongs to.",
     ),
 )
+_SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
 _FOLDER = "Open its diffusers folder instead."
 
 Shapes = dict[str, tuple[int, ...]]
@@ -123,6 +128,45 @@ def describe(header: Header) -> SingleFile:
             f"{name} lacks {problem.args[0]}, which every SD 1.x checkpoint has: it is incomplete or of "
             "another kind. Download it again, or open another."
         ) from problem
+
+
+def refuse_unlike(
+    outlines: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    metadata: dict[str, str],
+    pipeline: Any,
+    name: str,
+) -> None:
+    """Raise ConfigError unless a file of these tensors (name -> dtype and shape), read back, is this very pipeline.
+
+    A single file has no configuration and no vocabulary: what is not as in every SD 1.x model would be lost.
+    """
+    kinds = {dtype: kind for kind, dtype in DTYPES.items()}
+    infos = {key: TensorInfo(kinds[dtype], shape, 0, 0) for key, (dtype, shape) in outlines.items()}
+    try:
+        file = describe(Header(infos, metadata, 0, Path(name)))
+    except FileRefused as problem:
+        raise ConfigError(f"This model cannot be one file: {problem} Write it as a folder.") from problem
+    schedule = {key: value for key, value in file.scheduler.items() if key in _SCHEDULE}
+    expected = {"unet": file.unet, "vae": file.vae, "text_encoder": file.text_encoder, "scheduler": schedule}
+    for part, config in expected.items():
+        own = getattr(pipeline, part).config
+        for key, value in config.items():
+            has = own.get(key) if isinstance(own, Mapping) else getattr(own, key, None)
+            # sample_size is the size of pictures nobody has asked another for
+            if key != "sample_size" and _plain(has) != _plain(value):
+                raise ConfigError(
+                    f"{part}.{key} of this model is {has}; a single file is read as {value}, and cannot say otherwise. "
+                    "Write it as a folder."
+                )
+    if pipeline.tokenizer.get_vocab() != clip_vocabulary():
+        raise ConfigError(
+            f"This model has a vocabulary of its own ({len(pipeline.tokenizer):,} words); a single file is read with "
+            "CLIP's. Write it as a folder."
+        )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _unet(shapes: Shapes, name: str) -> dict[str, Any]:
