@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lora_core.adapter import Adapter, Coverage
     from lora_core.baking import bake
     from lora_core.base_weights import BaseReport
+    from lora_core.burn import overlap
     from lora_core.combining import combine, resize
     from lora_core.config import LoraConfig
     from lora_core.errors import LoraError
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from lora_core.formats import read_adapter, write_adapter
     from lora_core.generation import GeneratedImage, GenerationRequest
     from lora_core.mix import Mix
+    from lora_core.model_weights import layers_of, strength_of
     from lora_core.models import open_base
     from lora_core.pipeline import LivePipeline
     from lora_core.train_form import attach, collect, detach
@@ -39,9 +41,12 @@ _HOMES = {
     "combine": "combining",
     "detach": "train_form",
     "extract": "extracting",
+    "layers_of": "model_weights",
     "open_base": "models",
+    "overlap": "burn",
     "read_adapter": "formats",
     "resize": "combining",
+    "strength_of": "model_weights",
     "write_adapter": "formats",
 }
 
@@ -61,9 +66,12 @@ __all__ = [
     "combine",
     "detach",
     "extract",
+    "layers_of",
     "open_base",
+    "overlap",
     "read_adapter",
     "resize",
+    "strength_of",
     "write_adapter",
 ]
 

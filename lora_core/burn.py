@@ -60,9 +60,9 @@ def strength(
     moved: dict[str, float] = {}
     whole: dict[str, float] = {}
     for path, weighted in changes.items():
-        block = block_of(path)
-        moved[block] = moved.get(block, 0.0) + _moved_squared(layers[path], path, weighted)
-        whole[block] = whole.get(block, 0.0) + _weight_squared(layers[path], path)
+        block, layer = block_of(path), layers[path]
+        moved[block] = moved.get(block, 0.0) + _moved_squared(layer, path, weighted)
+        whole[block] = whole.get(block, 0.0) + _weight_squared(layer, path)
     in_order = sorted(moved, key=lambda block: (block in COMPONENTS, block))
     return {block: _ratio(moved[block], whole[block]) ** 0.5 for block in in_order}
 

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapter import COMPONENTS, file_path
+from lora_core import burn
+from lora_core.adapter import COMPONENTS, Adapter, file_path, resolve
 from lora_core.base_files import Stored
-from lora_core.errors import LoraError
-from lora_core.families import Family, family_of_unet
+from lora_core.errors import LoraError, NotLoaded
+from lora_core.families import Family, check_belongs, family_of_unet
 from lora_core.models import OpenedBase, find_base
 
 PARTS = (*COMPONENTS, "vae")
@@ -92,6 +93,22 @@ def layers_of(source: Any) -> Mapping[str, nn.Module]:
     """Adapter path -> layer that holds W0, read from `source` (as in `weights_of`) when it is asked for: what
     `combine`, `resize`, `overlap` and `strength_of` want for a DoRA, without opening the model."""
     return weights_of(source, pristine=True).layers()
+
+
+def strength_of(adapter: Adapter, base: Any, weight: float = 1.0) -> dict[str, float]:
+    """|w ΔW| / |W| per block (burn.strength) of a LoRA on a model, which need not be opened for it (`weights_of`).
+
+    Raises WrongFamily, and NotLoaded where the model has none of the LoRA's layers.
+    """
+    weights = weights_of(base, pristine=True)
+    check_belongs(adapter, weights.models, weights.family)
+    found = resolve(adapter.deltas, dict(weights.models))
+    if not found:
+        raise NotLoaded(
+            f'None of the {len(adapter.deltas)} layers of "{adapter.name}" exist in {weights.name}. Give the model it '
+            "is for."
+        )
+    return burn.strength(weights.layers(), {path: [(weight, adapter.deltas[path])] for path in found})
 
 
 def _models(pipeline: Any) -> dict[str, nn.Module]:
