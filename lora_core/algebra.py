@@ -127,6 +127,22 @@ def row_norms(weight: Tensor, down: Tensor, up: Tensor, *, scale: float, n0: Ten
     return squared.sqrt()
 
 
+def kronecker_row_norms(weight: Tensor, left: Tensor, right: Tensor, *, n0: Tensor) -> Tensor:
+    """|W + left ⊗ right| per output row, (out,), without forming the product; left (out1, in1), right
+    (out2, in2[, k, k]), `n0` rowsum(W²). Rows where it nearly cancels W are computed densely, as in row_norms."""
+    (out1, in1), out2 = left.shape, right.shape[0]
+    c, d = left.float(), right.float().reshape(out2, -1, *weight.shape[2:])
+    w = weight.float().reshape(out1, out2, in1, d.shape[1], -1)  # in2 and k·k apart from in1
+    cross = torch.einsum("abijk,ai,bjk->ab", w, c, d.flatten(2) if d.dim() > 2 else d[:, :, None])
+    product = c.square().sum(1)[:, None] * d.flatten(1).square().sum(1)  # (out1, out2)
+    squared = n0 + (2 * cross + product).flatten()
+    cancelling = squared < CANCELLING * n0
+    if bool(cancelling.any()):
+        dense = weight.float() + kronecker(left, right, scale=1.0).reshape(weight.shape)
+        squared[cancelling] = row_norms_squared(dense)[cancelling]
+    return squared.sqrt()
+
+
 def magnitude_axis(magnitude: Tensor, weight_shape: torch.Size) -> int:
     """0: one magnitude per output row (the paper, PEFT); 1: per input column (older LyCORIS, OneTrainer).
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from lora_core.errors import ConfigError, did_you_mean
 
-INITS = ("gaussian", "kaiming", "random")
+_Value = TypeVar("_Value", int, float)
+
+KINDS = ("lora", "loha", "lokr")
 VARIANTS = ("lora", "dora")
+INITS = ("gaussian", "kaiming", "random")
+BIASES = ("none", "all", "lora_only")
+# LoHa and LoKr have one beginning of their own, which the default stands for
+_OWN_INITS = ("gaussian", "random")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,12 +25,25 @@ class LoraConfig:
 
     rank, alpha        ΔW = alpha/rank · B A; alpha None means alpha = rank
     dropout            on the layer's input, in training only
+    kind               how ΔW is made: "lora", "loha" (arXiv 2108.06098), "lokr" (arXiv 2309.14859)
+    variant            "lora": ΔW as it is; "dora": a magnitude per output around it, whatever the kind
+                       (arXiv 2402.09353)
+    factor             LoKr alone: the first, small factor has about this many rows and columns; -1: as near to the
+                       square root of the layer's as its divisors allow
+    decompose_both     LoKr alone: split the small factor into two of `rank` as well
     targets            a group ("attention", "feed-forward", "projection", "conv", "all-linear",
                        "all-linear+conv"), a tuple of groups and path suffixes, or one regular expression
                        matched against the whole module path
     exclude            path suffixes or one regular expression never to touch
-    init               "gaussian" (A ~ N(0, 1/r), B = 0), "kaiming" (PEFT's default), "random" (not the identity)
-    variant            "lora" or "dora" (arXiv 2402.09353, output axis)
+    layers_to_transform   the index or indices of the layers to take, of those that targets names; what stands in no
+                       numbered list is then left out, but for a module named by its whole path (as PEFT)
+    layers_pattern     the name (or names, may be regular expressions) of the list that the index counts in, such as
+                       "transformer_blocks"; left out: the first numbered list in the path below the model's own
+    modules_to_save    path suffixes of whole modules to train as they are, in place of a LoRA; a module with others
+                       inside means all of them
+    bias               which biases are trained as well: "none", "lora_only" (of the layers with a LoRA), "all"
+    init               "gaussian" (A ~ N(0, 1/r), B = 0), "kaiming" (PEFT's default), "random" (not the identity); with
+                       LoHa and LoKr the default is LyCORIS' beginning. An embedding begins with A = 0, B ~ N(0, 1)
     rank_stabilized    alpha/sqrt(rank) instead of alpha/rank (arXiv 2312.03732)
     rank_pattern, alpha_pattern   path suffix or regular expression -> value, as PEFT
     """
@@ -30,34 +51,84 @@ class LoraConfig:
     rank: int = 16
     alpha: float | None = None
     dropout: float = 0.0
+    kind: str = "lora"
+    variant: str = "lora"
+    factor: int = -1
+    decompose_both: bool = False
     targets: str | tuple[str, ...] = "attention"
     exclude: str | tuple[str, ...] = ()
+    layers_to_transform: int | tuple[int, ...] | None = None
+    layers_pattern: str | tuple[str, ...] = ()
+    modules_to_save: str | tuple[str, ...] = ()
+    bias: str = "none"
     init: str = "gaussian"
-    variant: str = "lora"
     rank_stabilized: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, value, known in (("init", self.init, INITS), ("variant", self.variant, VARIANTS)):
-            if value not in known:
-                raise ConfigError(f'{name} = "{value}" is unknown.{did_you_mean(value, known)}')
-        for rank in (self.rank, *self.rank_pattern.values()):
+        for name, known in (("kind", KINDS), ("variant", VARIANTS), ("init", INITS), ("bias", BIASES)):
+            if (value := getattr(self, name)) not in known:
+                raise ConfigError(f'{name} = "{value}" is unknown.{did_you_mean(str(value), known)}')
+        self._check_numbers()
+        self._check_kind()
+        self._check_layers()
+        for name in ("targets", "exclude"):
+            if isinstance(value := getattr(self, name), str):
+                _check_expression(name, value)
+        for name in ("rank_pattern", "alpha_pattern"):
+            for expression in getattr(self, name):
+                _check_expression(name, expression)
+
+    def _check_numbers(self) -> None:
+        for where, rank in (("rank", self.rank), *_entries("rank_pattern", self.rank_pattern)):
             if not 1 <= rank <= 4096:
-                raise ConfigError(f"rank = {rank} is out of range: use 1 to 4096 (4 to 64 are usual).")
-        for alpha in (self.alpha, *self.alpha_pattern.values()):
+                raise ConfigError(f"{where} = {rank} is out of range: use 1 to 4096 (4 to 64 are usual).")
+        for where, alpha in (("alpha", self.alpha), *_entries("alpha_pattern", self.alpha_pattern)):
             if alpha is not None and not 0 < alpha < float("inf"):
                 raise ConfigError(
-                    f"alpha = {alpha} must be a positive number; leave it out for alpha = rank."
+                    f"{where} = {alpha} must be a positive number; leave it out for alpha = rank."
                 )
         if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout = {self.dropout} must be at least 0 and below 1.")
-        for pattern in (self.targets, self.exclude):
-            if isinstance(pattern, str):
-                try:
-                    re.compile(pattern)
-                except re.error as problem:
-                    raise ConfigError(f'"{pattern}" is no regular expression: {problem}.') from problem
+            raise ConfigError(
+                f"dropout = {self.dropout} must be at least 0 and below 1: it is the share of the input to drop "
+                "(0 to 0.1 are usual)."
+            )
+
+    def _check_kind(self) -> None:
+        if self.kind != "lokr" and (self.factor != -1 or self.decompose_both):
+            name, value = ("factor", self.factor) if self.factor != -1 else ("decompose_both", "true")
+            raise ConfigError(
+                f'{name} = {value} is about LoKr, and kind = "{self.kind}": leave it out, or set kind = "lokr".'
+            )
+        if self.factor != -1 and self.factor < 1:
+            raise ConfigError(f"factor = {self.factor} must be at least 1, or -1 for about the square root.")
+        if self.kind != "lora" and self.init not in _OWN_INITS:
+            raise ConfigError(
+                f'init = "{self.init}" is a beginning of kind = "lora", and kind = "{self.kind}" has its own: leave '
+                "init out."
+            )
+
+    def _check_layers(self) -> None:
+        if self.layers_to_transform is None:
+            if self.layers_pattern:
+                raise ConfigError(
+                    f"layers_pattern = {self.layers_pattern!r} says what layers_to_transform counts in: give that too, "
+                    "or leave it out."
+                )
+            return
+        for index in self.layer_indices:
+            if index < 0:
+                raise ConfigError(f"layers_to_transform = {index} must count from 0.")
+        if not self.layer_indices:
+            raise ConfigError("layers_to_transform is empty: give an index, or leave it out for all layers.")
+        for expression in as_tuple(self.layers_pattern):
+            _check_expression("layers_pattern", expression)
+
+    @property
+    def layer_indices(self) -> tuple[int, ...]:
+        indices = self.layers_to_transform
+        return () if indices is None else (indices,) if isinstance(indices, int) else tuple(indices)
 
     def rank_at(self, path: str) -> int:
         return int(_by_pattern(self.rank_pattern, path, self.rank))
@@ -67,9 +138,30 @@ class LoraConfig:
         return float(_by_pattern(self.alpha_pattern, path, default))
 
 
+def as_tuple(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Of names; an empty string is none."""
+    return tuple(filter(None, (value,))) if isinstance(value, str) else tuple(value)
+
+
+def pattern_matches(pattern: str, path: str) -> bool:
+    """Whether it is the end of the path, from a dot on (PEFT's rule for rank_pattern and alpha_pattern)."""
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+
+
 def _by_pattern(patterns: dict[str, int] | dict[str, float], path: str, default: float) -> float:
-    """First pattern that matches the end of the path, at a dot (PEFT's rule)."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return default
+    """The first pattern that matches decides."""
+    return next((value for pattern, value in patterns.items() if pattern_matches(pattern, path)), default)
+
+
+def _entries(name: str, patterns: Mapping[str, _Value]) -> Iterable[tuple[str, _Value]]:
+    return ((f"{name}.{pattern}", value) for pattern, value in patterns.items())
+
+
+def _check_expression(name: str, expression: str) -> None:
+    try:
+        re.compile(expression)
+    except re.error as problem:
+        raise ConfigError(
+            f'{name}: "{expression}" is no regular expression: {problem}. Correct it, or put a backslash before the '
+            "sign that is meant literally."
+        ) from problem

@@ -21,7 +21,6 @@ from lora_core.mix import Mix
 from lora_core.models import OpenedBase, open_base
 from lora_core.prompt_tags import split_tags
 from lora_core.samplers import sampler_name
-from lora_core.storages import refuse_lost
 
 
 class LivePipeline(MeasuredMix):
@@ -43,16 +42,10 @@ class LivePipeline(MeasuredMix):
 
     @classmethod
     def open(
-        cls,
-        source: str | Path,
-        *,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        quantize: str | None = None,
+        cls, source: str | Path, *, device: Any = None, dtype: torch.dtype | None = None
     ) -> LivePipeline:
-        """`source`: "demo", a diffusers folder, a single .safetensors checkpoint, or a hub id. `quantize`: "nf4",
-        "int8" or "fp8" keep the base in fewer bits."""
-        opened = open_base(source, device=device, dtype=dtype, quantize=quantize)
+        """`source`: "demo", a diffusers folder, a single .safetensors checkpoint, or a hub id."""
+        opened = open_base(source, device=device, dtype=dtype)
         return cls(opened.pipeline, opened=opened)
 
     @property
@@ -78,9 +71,6 @@ class LivePipeline(MeasuredMix):
         """
         prompt, tags = split_tags(request.prompt)
         request = replace(request, prompt=prompt)
-        for component, model in self.models.items():
-            for path, layer in model.named_modules():
-                refuse_lost(layer, f"{component}.{path}")
         with self._generating, self._lock, torch.no_grad():
             first = settled(request.seed)
             if request.mixes and self.fused:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +19,40 @@ from torch.utils.hooks import RemovableHandle
 from lora_core.adapter import Adapter, file_path
 from lora_core.config import LoraConfig
 from lora_core.errors import ConfigError, LoraError
-from lora_core.targets import find_targets
-from lora_core.trainable import Site
+from lora_core.targets import Choice, choose
+from lora_core.targets_checked import check_plan
+from lora_core.trainable import Factors, Site
+from lora_core.trainable.full import TrainableFull
+from lora_core.trainable.kinds import factors_for
 from lora_core.trainable.layer import TrainableLayer
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters: trained, and of the models that were attached to."""
+
+    trained: int
+    base: int
+
+    @property
+    def share(self) -> float:
+        """Of all, the trained ones included (PEFT's "trainable%", as a fraction)."""
+        return self.trained / (self.trained + self.base)
+
+    def __str__(self) -> str:
+        return f"{self.trained:,} trained of {self.trained + self.base:,} parameters ({self.share:.2%})"
+
+
+def fast_names(layer: TrainableLayer) -> tuple[str, ...]:
+    """LoRA+'s: which of the layer's parameters are B, or a vector."""
+    own = () if layer.factors is None else layer.factors.fast
+    if own is None:
+        raise ConfigError(
+            f'{layer.site.path}: a ratio of learning rates (LoRA+) is about B, which kind = "{layer.site.config.kind}" '
+            'has not. Set ratio = 1, or kind = "lora".'
+        )
+    vectors = (name for name, p in layer.named_parameters() if p.dim() == 1)
+    return (*(f"factors.{name}" for name in own), *vectors)
 
 
 class LoraForm(nn.Module):
@@ -34,12 +67,37 @@ class LoraForm(nn.Module):
         self._frozen: list[nn.Parameter] = []  # base parameters that were trainable before attach
         self._models: dict[str, nn.Module] = {}
 
-    def by_component(self) -> dict[str, list[nn.Parameter]]:
-        """Trainable parameters by component, for per-component learning rates."""
-        groups: dict[str, list[nn.Parameter]] = {}
+    def parameter_groups(
+        self, learning_rate: float | Mapping[str, float], *, ratio: float = 1.0
+    ) -> list[dict[str, Any]]:
+        """-> groups for any torch optimizer: "params", "lr", "name" (the component, or "<component>.fast").
+
+        `learning_rate` may differ by component. `ratio` is LoRA+'s (arXiv 2402.12354): B, and as in its reference
+        code every vector (a magnitude, a bias), learns `ratio` times as fast as the rest; 4 to 16 are usual.
+        ConfigError for a ratio with LoHa or LoKr, which have no B.
+        """
+        if not 1 <= ratio < float("inf"):
+            raise ConfigError(f"ratio = {ratio} must be at least 1; 1 is plain LoRA, 4 to 16 are usual.")
+        plain: dict[str, list[nn.Parameter]] = {}
+        fast: dict[str, list[nn.Parameter]] = {}
         for path, layer in zip(self.paths, self.layers, strict=True):
-            groups.setdefault(path.split(".", 1)[0], []).extend(layer.parameters())
+            assert isinstance(layer, TrainableLayer)
+            component = path.split(".", 1)[0]
+            names = fast_names(layer) if ratio != 1 else ()
+            for name, p in layer.named_parameters():
+                (fast if name in names else plain).setdefault(component, []).append(p)
+        rates = learning_rate if isinstance(learning_rate, Mapping) else {}
+        groups = []
+        for found, times, end in ((plain, 1.0, ""), (fast, ratio, ".fast")):
+            for component, params in found.items():
+                rate = rates[component] if isinstance(learning_rate, Mapping) else learning_rate
+                groups.append({"params": params, "lr": rate * times, "name": component + end})
         return groups
+
+    def counts(self) -> Counts:
+        """How much is trained, and of how much."""
+        total = sum(p.numel() for model in self._models.values() for p in model.parameters())
+        return Counts(sum(p.numel() for p in self.parameters()), total)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -75,29 +133,42 @@ def attach(
     start: Adapter | None = None,
     generator: torch.Generator | None = None,
 ) -> LoraForm:
-    """Freeze `models` (a module, or component -> module) and give their targets a trainable fp32 LoRA.
+    """Freeze `models` (a module, or component -> module) and give what `config` names its trainable fp32 form.
 
     `config` may differ by component. `start` is an adapter to begin from; it must name exactly the layers that
-    are trained. On any error the models are left as they were.
+    are trained. Raises NothingMatched for names and patterns that nothing answers to, ConfigError for what does not
+    go together, such as a rank larger than a layer's. On any error the models are left as they were.
     """
     form, parts = LoraForm(), by_name(models)
     configs = dict(config) if isinstance(config, Mapping) else dict.fromkeys(parts, config)
-    plan = [
-        (c, path, layer, configs[c]) for c, m in parts.items() for path, layer in find_targets(m, configs[c])
-    ]
-    for component, path, layer, layer_config in plan:
-        form.paths.append(file_path(component, path))
-        form.layers.append(TrainableLayer(Site(layer, path, layer_config, generator)))
+    plan = {component: choose(model, configs[component]) for component, model in parts.items()}
+    check_plan(plan, configs, parts)
+    for component, choices in plan.items():
+        for choice in choices:
+            form.paths.append(file_path(component, choice.path))
+            form.layers.append(trainable(choice, configs[component], generator))
     if start is not None:
         _start_from(form, start)
-    for (_, _, layer, _), own in zip(plan, form.layers, strict=True):
-        assert isinstance(own, TrainableLayer)
-        form._hook(own, layer)
+    for layer in form.layers:
+        assert isinstance(layer, TrainableLayer)
+        form._hook(layer, layer.site.layer)
     form._models = parts
     form._frozen = [p for m in parts.values() for p in m.parameters() if p.requires_grad]
     for p in form._frozen:
         p.requires_grad_(False)
     return form
+
+
+def trainable(choice: Choice, config: LoraConfig, generator: torch.Generator | None) -> TrainableLayer:
+    """What is trained about one module of the base, at its beginning."""
+    site = Site(choice.layer, choice.path, config, generator)
+    factors: Factors | None = None
+    if choice.factors:
+        factors = factors_for(site)
+    elif choice.whole:
+        factors = TrainableFull(site)
+    magnitude = choice.factors and config.variant == "dora"
+    return TrainableLayer(site, factors, magnitude=magnitude, bias=choice.bias)
 
 
 def _start_from(form: LoraForm, start: Adapter) -> None:

@@ -24,7 +24,6 @@ from lora_core.adapter import weight_of
 from lora_core.deltas import Delta
 from lora_core.deltas.magnitude import WithMagnitude
 from lora_core.errors import LoraError
-from lora_core.storages import dequantised, refuse_lost, storage_of
 
 
 class Extra(Protocol):
@@ -117,10 +116,17 @@ class Worn:
 
 
 def through(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-    """x through the layer's own geometry (stride, padding, dilation, groups) with another weight and no bias."""
+    """x through the layer's own operation (a convolution's geometry, a norm's statistics, a look-up) with another
+    weight and no bias."""
     if isinstance(layer, nn.Conv2d):
         convolved: Tensor = layer._conv_forward(x, weight, None)
         return convolved
+    if isinstance(layer, nn.Embedding):
+        return F.embedding(x, weight)
+    if isinstance(layer, nn.LayerNorm):
+        return F.layer_norm(x, layer.normalized_shape, weight, None, layer.eps)
+    if isinstance(layer, nn.GroupNorm):
+        return F.group_norm(x, layer.num_groups, weight, None, layer.eps)
     return F.linear(x, weight)
 
 
@@ -142,14 +148,18 @@ class Place:
 
 
 def original_weight(layer: nn.Module, path: str) -> Tensor:
-    """W0 as it lies, or in fp32 where the layer keeps it in fewer bits: what the layer computes with. From an offload
-    hook's own map where the layer's weight is on the meta device.
+    """W0 as it lies: from an offload hook's own map where the layer's weight is on the meta device.
 
-    Raises LoraError where it cannot be had (gone, or in a form that cannot be read).
+    Raises LoraError where it cannot be had (quantised, or cast to 8 bits, or gone).
     """
     weight = stored(layer, path, "weight")
     assert weight is not None
-    return weight.detach() if storage_of(layer) is None else dequantised(layer, weight)
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        raise LoraError(
+            f"{path} is kept in {weight.dtype}: this LoRA's kind (DoRA) needs the weight itself. Open the model "
+            "without quantisation or casting, or use a LoRA without magnitudes."
+        )
+    return weight.detach()
 
 
 def stored(layer: nn.Module, path: str, name: str) -> Tensor | None:
@@ -167,7 +177,6 @@ def stored(layer: nn.Module, path: str, name: str) -> Tensor | None:
 @torch.no_grad()
 def wear(name: str, delta: Delta, layer: nn.Module, path: str, original: Tensor | None = None) -> Worn:
     """`original` is W0 where the layer is fused at the moment. Tensors stay in the Delta's dtype or fp32."""
-    refuse_lost(layer, path)
     place = Place.of(layer)
     out, shape = weight_shape(layer)
     empty = Worn(name, torch.empty(0, *shape, device=place.device), torch.empty(out, 0, device=place.device))
@@ -201,9 +210,16 @@ def wear(name: str, delta: Delta, layer: nn.Module, path: str, original: Tensor 
 
 
 def weight_shape(layer: nn.Module) -> tuple[int, tuple[int, ...]]:
-    """(out, (in[, k, k])), from the layer's own figures: a packed weight has another shape."""
+    """(out, (in[, k, k])), from the layer's own figures: a packed weight has another shape. An embedding's rows are
+    its words, (num, (dim,)); a norm has one number per channel, (channels, ())."""
     if isinstance(layer, nn.Conv2d):
         return layer.out_channels, (layer.in_channels // layer.groups, *layer.kernel_size)
+    if isinstance(layer, nn.Embedding):
+        return layer.num_embeddings, (layer.embedding_dim,)
+    if isinstance(layer, nn.LayerNorm):
+        return layer.normalized_shape[0], layer.normalized_shape[1:]
+    if isinstance(layer, nn.GroupNorm):
+        return layer.num_channels, ()
     assert isinstance(layer.in_features, int)
     assert isinstance(layer.out_features, int)
     return layer.out_features, (layer.in_features,)

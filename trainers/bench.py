@@ -80,10 +80,11 @@ def prepare(config: TrainConfig, folder: RunFolder, stop: StopRequest, emit: eve
         for component in live.models:
             if component != "unet":
                 live.models[component].to("cpu")
-    rates = dict.fromkeys(form.by_component(), config.train.learning_rate)
+    rates = dict.fromkeys(live.models, config.train.learning_rate)
     if config.train.text_encoder_learning_rate is not None:
         rates |= {c: config.train.text_encoder_learning_rate for c in rates if c != "unet"}
-    optimizer = optim.adamw(form.by_component(), rates, weight_decay=config.train.weight_decay)
+    groups = form.parameter_groups(rates, ratio=config.train.lora_plus_ratio)
+    optimizer = optim.adamw(groups, weight_decay=config.train.weight_decay)
     feeder = Feeder(dataset, pipeline.vae, cache, batch_size=config.train.batch_size, seed=config.seed)
     generator = torch.Generator("cpu").manual_seed(config.seed)
     return Bench(

@@ -7,6 +7,7 @@ the value means the same wherever it is read.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -19,6 +20,7 @@ from trainers.config_table import (
     BaseName,
     Count,
     Dtype,
+    Numbers,
     Positive,
     Seed,
     Seeds,
@@ -46,10 +48,16 @@ class LoraSettings(Table):
     """Strength inside the LoRA, alpha/rank; left out: alpha = rank."""
     dropout: float = 0.0
     """Share of each layer's input dropped while training."""
+    kind: Literal["lora", "loha", "lokr"] = "lora"
+    """How the change of a layer is made: two factors, or LyCORIS' "loha" (arXiv 2108.06098) or "lokr" (2309.14859)."""
+    variant: Literal["lora", "dora"] = "lora"
+    """"dora" trains a magnitude per output as well, around any kind (arXiv 2402.09353)."""
+    factor: int = -1
+    """LoKr alone: rows and columns of the small factor; -1: near the square root of the layer's."""
+    decompose_both: bool = False
+    """LoKr alone: split the small factor by `rank` as well."""
     init: Literal["gaussian", "kaiming", "random"] = "gaussian"
     """How the factors begin; "random" does not begin at the base model and is for experiments."""
-    variant: Literal["lora", "dora"] = "lora"
-    """"dora" trains a magnitude per output as well (arXiv 2402.09353)."""
     rank_stabilized: bool = False
     """alpha/sqrt(rank) instead of alpha/rank (arXiv 2312.03732)."""
     targets: Strings = ("attention",)
@@ -59,6 +67,18 @@ class LoraSettings(Table):
     """Layers of the text encoders; left out: the groups of `targets` that they have, else attention."""
     exclude: Strings = ()
     """Ends of module paths never to touch."""
+    layers_to_transform: Numbers | None = None
+    """Numbers of the UNet's layers to take, of those that `targets` names, such as [0, 1]; left out: all."""
+    layers_pattern: Strings = ()
+    """The list those numbers count in, such as ["transformer_blocks"]; left out: the first below the model's own."""
+    text_encoder_layers_to_transform: Numbers | None = None
+    """Numbers of the text encoders' layers to take; left out: all."""
+    modules_to_save: Strings = ()
+    """Ends of module paths of the UNet to train whole, without factors, such as ["conv_in"]: large files."""
+    text_encoder_modules_to_save: Strings = ()
+    """The same for the text encoders, such as ["final_layer_norm"]."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Biases to train as well: none, those of the layers with a LoRA, or all of the model."""
     rank_pattern: dict[str, int] = Field(default_factory=dict)
     """End of a module path (may be a regular expression) -> its own rank."""
     alpha_pattern: dict[str, float] = Field(default_factory=dict)
@@ -72,24 +92,30 @@ class LoraSettings(Table):
             raise ConfigError('lora.targets and text_encoder_targets need an entry, such as ["attention"].')
         try:
             self.lora_config("unet")
+            self.lora_config("text_encoder")
         except ConfigError as problem:
             raise ConfigError(f"[lora] {problem}") from None
         return self
 
     def lora_config(self, component: str) -> LoraConfig:
         """The LoRA of one component: "unet", "text_encoder" or "text_encoder_2"."""
-        targets = self.targets
-        if component != "unet":
-            shared = tuple(t for t in targets if t in TEXT_ENCODER_GROUPS)
-            targets = self.text_encoder_targets or shared or ("attention",)
+        unet = component == "unet"
+        shared = tuple(t for t in self.targets if t in TEXT_ENCODER_GROUPS)
         return LoraConfig(
             rank=self.rank,
             alpha=self.alpha,
             dropout=self.dropout,
-            targets=targets,
-            exclude=self.exclude,
-            init=self.init,
+            kind=self.kind,
             variant=self.variant,
+            factor=self.factor,
+            decompose_both=self.decompose_both,
+            targets=self.targets if unet else self.text_encoder_targets or shared or ("attention",),
+            exclude=self.exclude,
+            layers_to_transform=self.layers_to_transform if unet else self.text_encoder_layers_to_transform,
+            layers_pattern=self.layers_pattern if unet else (),
+            modules_to_save=self.modules_to_save if unet else self.text_encoder_modules_to_save,
+            bias=self.bias,
+            init=self.init,
             rank_stabilized=self.rank_stabilized,
             rank_pattern=dict(self.rank_pattern),
             alpha_pattern=dict(self.alpha_pattern),
@@ -173,6 +199,8 @@ class TrainSettings(Table):
     """Peak learning rate."""
     text_encoder_learning_rate: Annotated[float, Field(ge=0)] | None = None
     """The same for the text encoders; left out: as `learning_rate`. 0: they are not trained."""
+    lora_plus_ratio: Annotated[float, Field(ge=1)] = 1.0
+    """LoRA+ (arXiv 2402.12354): how many times as fast the up factors learn; 1: as fast, 4 to 16 are usual."""
     schedule: Literal["constant", "cosine"] = "constant"
     """The learning rate after warm-up."""
     warmup_steps: Count = 0
@@ -308,4 +336,33 @@ class TrainConfig(Table):
                 'data.crop = "random" makes a new picture each time, which train.cache_latents = true cannot '
                 'keep. Set train.cache_latents = false, or data.crop = "center".'
             )
+        if self.train.lora_plus_ratio != 1 and self.lora.kind != "lora":
+            raise ConfigError(
+                f'train.lora_plus_ratio = {self.train.lora_plus_ratio} is about the up factors of lora.kind = "lora", '
+                f'which "{self.lora.kind}" has not. Set it to 1, or lora.kind = "lora".'
+            )
+        for name in ("text_encoder_modules_to_save", "text_encoder_layers_to_transform"):
+            if getattr(self.lora, name) and not self.train.trains_text_encoder:
+                raise ConfigError(
+                    f"lora.{name} = {list(getattr(self.lora, name))} has no effect with "
+                    "train.text_encoder_learning_rate = 0: leave it out, or raise the rate."
+                )
+        self._check_spelling()
         return self
+
+    def _check_spelling(self) -> None:
+        """What the file cannot say is refused before anything is trained, not at the first save."""
+        lora, spelling = self.lora, self.save.spelling
+        if spelling == "kohya":
+            return
+        for name, value, plain in (
+            ("kind", lora.kind, "lora"),
+            ("bias", lora.bias, "none"),
+            ("modules_to_save", lora.modules_to_save, ()),
+            ("text_encoder_modules_to_save", lora.text_encoder_modules_to_save, ()),
+        ):
+            if value != plain:
+                raise ConfigError(
+                    f'save.spelling = "{spelling}" has no words for lora.{name} = {json.dumps(value)}. Set '
+                    'save.spelling = "kohya".'
+                )

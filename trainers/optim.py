@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import nn
 
 from lora_core.errors import ConfigError, did_you_mean
 
@@ -32,15 +32,11 @@ def rate_factor(schedule: str, step: int, *, steps: int, warmup: int) -> float:
     return SCHEDULES[schedule](step - warmup, steps - warmup)
 
 
-def adamw(
-    parameters: Mapping[str, list[nn.Parameter]], rates: Mapping[str, float], *, weight_decay: float
-) -> torch.optim.AdamW:
-    """One group per component with its own peak rate; betas (0.9, 0.999), epsilon 1e-8 as the reference script."""
-    groups = [
-        {"params": ps, "lr": rates[name], "peak": rates[name], "name": name}
-        for name, ps in parameters.items()
-    ]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
+def adamw(groups: Sequence[Mapping[str, Any]], *, weight_decay: float) -> torch.optim.AdamW:
+    """`groups` as `LoraForm.parameter_groups` gives them, each with its own peak rate; betas (0.9, 0.999), epsilon 1e-8
+    as the reference script."""
+    with_peaks = [{**group, "peak": group["lr"]} for group in groups]
+    return torch.optim.AdamW(with_peaks, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +12,16 @@ from torch import Tensor, nn
 from lora_core import algebra
 from lora_core.config import LoraConfig
 from lora_core.deltas import Delta
-from lora_core.worn import Place, original_weight, weight_shape
+from lora_core.worn import Place, original_weight, stored, weight_shape
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where a change is to be trained: a layer of the base, its path, and what the config says about it."""
+    """Where a change is to be trained: a layer of the base, its path, and what the config says about it.
+
+    Outputs come first in every shape here: an embedding is the map of a one-hot vector, W (dim, num), which is the
+    transpose of the weight it keeps.
+    """
 
     layer: nn.Module
     path: str
@@ -24,41 +29,63 @@ class Site:
     generator: torch.Generator | None = None
 
     @property
+    def is_embedding(self) -> bool:
+        return isinstance(self.layer, nn.Embedding)
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        """Of the layer's weight, by the layer's own figures: (out, in) or (out, in, k, k)."""
+        """Of W, by the layer's own figures: (out, in) or (out, in, k, k)."""
         out, inner = weight_shape(self.layer)
-        return (out, *inner)
+        return (*inner, out) if self.is_embedding else (out, *inner)
 
     @property
     def device(self) -> torch.device:
         return Place.of(self.layer).device
 
     def original(self) -> Tensor:
-        """W0, wherever and however it is kept: the one place through which training reads a base weight."""
-        return original_weight(self.layer, self.path)
+        """W, wherever and however it is kept: the one place through which training reads a base weight."""
+        weight = original_weight(self.layer, self.path)
+        return weight.T if self.is_embedding else weight
 
+    def bias(self) -> Tensor | None:
+        return stored(self.layer, self.path, "bias") if hasattr(self.layer, "bias") else None
 
-class Factors(nn.Module, ABC):
-    """fp32 parameters of one kind, with alpha/rank inside. `change(x)` is ΔW x in the layer's own geometry."""
-
-    def __init__(self, site: Site) -> None:
-        super().__init__()
-        self.site = site  # no Module: the frozen layer is not registered as a child
-        self.rank, self.alpha = site.config.rank_at(site.path), site.config.alpha_at(site.path)
-        self.rank_stabilized = site.config.rank_stabilized
+    @property
+    def rank(self) -> int:
+        return self.config.rank_at(self.path)
 
     @property
     def scale(self) -> float:
-        return algebra.lora_scale(alpha=self.alpha, rank=self.rank, rank_stabilized=self.rank_stabilized)
+        """s = alpha/r, or alpha/√r for rsLoRA."""
+        alpha = self.config.alpha_at(self.path)
+        return algebra.lora_scale(alpha=alpha, rank=self.rank, rank_stabilized=self.config.rank_stabilized)
 
     @property
     def stored_alpha(self) -> float:
         """rsLoRA is stored as alpha·√r: readers that know only alpha/r then compute the same ΔW."""
-        return self.alpha * self.rank**0.5 if self.rank_stabilized else self.alpha
+        alpha = self.config.alpha_at(self.path)
+        return alpha * self.rank**0.5 if self.config.rank_stabilized else alpha
+
+
+class Factors(nn.Module, ABC):
+    """fp32 parameters of one kind, with alpha/rank inside."""
+
+    drops_out: ClassVar[bool] = True  # whether dropout falls on its input
+    # LoRA+ (arXiv 2402.12354): the parameters that learn faster; None where the kind has no B
+    fast: ClassVar[tuple[str, ...] | None] = None
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.site = site  # no Module: the frozen layer is not registered as a child
+
+    @staticmethod
+    @abstractmethod
+    def trains(site: Site) -> bool:
+        """Whether this is the kind that the config asks for, on such a layer."""
 
     @abstractmethod
     def change(self, x: Tensor) -> Tensor:
-        """ΔW x, fp32, shaped like the layer's output. `x` is fp32."""
+        """ΔW x in the layer's own geometry, shaped like its output. `x` is fp32, or an embedding's numbers."""
 
     @abstractmethod
     def row_norms(self, weight: Tensor, n0: Tensor) -> Tensor:
@@ -71,3 +98,8 @@ class Factors(nn.Module, ABC):
     @abstractmethod
     def load(self, delta: Delta) -> None:
         """Begin from `delta`: the same ΔW whatever its alpha was. ConfigError where it does not fit."""
+
+
+def on_cpu(parameter: Tensor) -> Tensor:
+    """A copy that training no longer changes."""
+    return parameter.detach().cpu().clone()

@@ -1,4 +1,4 @@
-"""Everything that is trained about one layer: its factors and, for DoRA, a magnitude around them."""
+"""Everything that is trained about one layer: factors, a magnitude around them for DoRA, a bias."""
 
 from __future__ import annotations
 
@@ -7,48 +7,64 @@ from torch import Tensor, nn
 
 from lora_core import algebra
 from lora_core.deltas import Delta
+from lora_core.deltas.bias import WithBias
 from lora_core.deltas.magnitude import WithMagnitude
 from lora_core.errors import ConfigError
-from lora_core.trainable import Factors, Site
-from lora_core.trainable.low_rank import TrainableLowRank
-from lora_core.worn import stored
+from lora_core.trainable import Factors, Site, on_cpu
+from lora_core.worn import weight_shape
 
 
 class TrainableLayer(nn.Module):
     """Called by the hook with the layer's input and output.
 
-    plain:  y = base(x) + ΔW x
-    DoRA:   y = base(x) + (g - 1) (base(x) - bias) + g ΔW x,  g = m / |W + ΔW|, the norm a constant for the gradient
-            (arXiv 2402.09353 §4.3). With dropout the change sees the dropped-out input, the base part the full one;
-            PEFT recomputes the base on the dropped-out input there.
+    plain:  y = base(x) + ΔW x + Δb
+    DoRA:   y = base(x) + (g - 1) (base(x) - bias) + g ΔW x + Δb,  g = m / |W + ΔW|, the norm a constant for the
+            gradient (arXiv 2402.09353 §4.3). With dropout the change sees the dropped-out input, the base part the
+            full one; PEFT recomputes the base on the dropped-out input there.
+
+    `factors` None: its bias alone is trained.
     """
 
     magnitude: nn.Parameter | None
+    bias: nn.Parameter | None
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, factors: Factors | None, *, magnitude: bool, bias: bool) -> None:
         super().__init__()
         self.site = site
-        self.factors: Factors = TrainableLowRank(site)
-        self.dropout = nn.Dropout(site.config.dropout)
+        self.factors = factors
+        drops = site.config.dropout if factors is not None and factors.drops_out else 0.0
+        self.dropout = nn.Dropout(drops)
         self._n0: Tensor | None = None
         self._norm: tuple[tuple[int, ...], Tensor] | None = None
-        self.magnitude = None
-        if site.config.variant == "dora":
+        self.magnitude = self.bias = None
+        if magnitude:
             self.magnitude = nn.Parameter(self._row_norms(site.device).clone())
+        if bias:
+            own = site.bias()
+            assert own is not None
+            self.bias = nn.Parameter(torch.zeros(own.shape, device=site.device))
 
     def forward(self, x: Tensor, base_out: Tensor) -> Tensor:
-        change = self.factors.change(self.dropout(x.float()))
-        if self.magnitude is None:
-            return base_out + change.to(base_out.dtype)
-        layer = self.site.layer
-        gain = _along_outputs(self.magnitude / self._row_norms(self.magnitude.device), layer)
-        bias = stored(layer, self.site.path, "bias")
-        plain = base_out if bias is None else base_out - _along_outputs(bias.to(base_out.device), layer)
-        return base_out + ((gain - 1) * plain + gain * change).to(base_out.dtype)
+        layer, parts = self.site.layer, []
+        if self.factors is not None:
+            change = self.factors.change(self.dropout(x.float()) if x.is_floating_point() else x)
+            if self.magnitude is not None:
+                gain = self.magnitude / self._row_norms(self.magnitude.device)
+                gain = _along_outputs(gain, layer, base_out)
+                bias = self.site.bias()
+                if bias is not None:
+                    bias = _along_outputs(bias.to(base_out.device), layer, base_out)
+                plain = base_out if bias is None else base_out - bias
+                change = (gain - 1) * plain + gain * change
+            parts.append(change)
+        if self.bias is not None:
+            parts.append(_along_outputs(self.bias, layer, base_out))
+        return base_out + sum(parts[1:], parts[0]).to(base_out.dtype)
 
     @torch.no_grad()
     def _row_norms(self, device: torch.device) -> Tensor:
         """|W + ΔW| per output, recomputed only after an optimizer step has touched the factors."""
+        assert self.factors is not None
         versions = tuple(p._version for p in self.factors.parameters())
         if self._norm is None or self._norm[0] != versions or self._norm[1].device != device:
             weight = self.site.original().to(device)
@@ -58,30 +74,58 @@ class TrainableLayer(nn.Module):
         return self._norm[1]
 
     def collect(self) -> Delta:
-        inner = self.factors.collect()
-        if self.magnitude is None:
-            return inner
-        column = self.magnitude.detach().cpu().clone().reshape(-1, *[1] * (len(self.site.shape) - 1))
-        return WithMagnitude(inner, column)
+        delta = None if self.factors is None else self.factors.collect()
+        if delta is not None and self.magnitude is not None:
+            delta = WithMagnitude(delta, on_cpu(self.magnitude).reshape(self._magnitude_shape))
+        if self.bias is not None:
+            return WithBias(delta, on_cpu(self.bias))
+        assert delta is not None
+        return delta
 
     @torch.no_grad()
     def load(self, delta: Delta) -> None:
-        """Begin from an existing delta of the same rank. ConfigError where it is of another kind."""
-        inner = delta.inner if isinstance(delta, WithMagnitude) else delta
-        if isinstance(delta, WithMagnitude) != (self.magnitude is not None):
-            kind = "dora" if isinstance(delta, WithMagnitude) else "lora"
-            raise ConfigError(
-                f'{self.site.path}: the file to start from is of variant "{kind}". Set variant = "{kind}".'
-            )
-        self.factors.load(inner)
-        if isinstance(delta, WithMagnitude) and self.magnitude is not None:
-            if algebra.magnitude_axis(delta.magnitude, torch.Size(self.site.shape)) != 0:
+        """Begin from an existing delta. ConfigError where it is of another kind or changes something else."""
+        path = self.site.path
+        bias, inner = (delta.bias, delta.inner) if isinstance(delta, WithBias) else (None, delta)
+        for what, there, own, field in (
+            ("bias", bias is not None, self.bias is not None, "bias"),
+            ("weight", inner is not None, self.factors is not None, "targets"),
+        ):
+            if there != own:
                 raise ConfigError(
-                    f"{self.site.path}: this DoRA scales input columns; training continues only output-axis DoRAs."
+                    f"{path}: the file to start from changes {'the' if there else 'no'} {what} there, this training "
+                    f"{'does' if own else 'does not'}. Set {field} as it was for the file."
                 )
-            self.magnitude.copy_(delta.magnitude.reshape(-1))
+        magnitude, inner = (
+            (inner.magnitude, inner.inner) if isinstance(inner, WithMagnitude) else (None, inner)
+        )
+        if (magnitude is not None) != (self.magnitude is not None):
+            kind = "lora" if magnitude is None else "dora"
+            raise ConfigError(
+                f'{path}: the file to start from is of variant "{kind}". Set variant = "{kind}".'
+            )
+        if magnitude is not None and self.magnitude is not None:
+            kept = weight_shape(self.site.layer)
+            axis = algebra.magnitude_axis(magnitude, torch.Size((kept[0], *kept[1])))
+            if axis != int(self.site.is_embedding):
+                raise ConfigError(
+                    f"{path}: this DoRA scales input columns; training continues only output-axis DoRAs."
+                )
+            self.magnitude.copy_(magnitude.reshape(-1))
+        if bias is not None and self.bias is not None:
+            self.bias.copy_(bias)
+        if inner is not None and self.factors is not None:
+            self.factors.load(inner)
+
+    @property
+    def _magnitude_shape(self) -> tuple[int, ...]:
+        """(out, 1[, 1, 1]); an embedding's outputs are the columns of its weight, (1, dim)."""
+        out, *inner = self.site.shape
+        return (1, out) if self.site.is_embedding else (out, *[1] * len(inner))
 
 
-def _along_outputs(vector: Tensor, layer: nn.Module) -> Tensor:
-    """(out,) shaped to multiply the layer's output: (..., out) or (N, out, h, w)."""
-    return vector.reshape(-1, 1, 1) if isinstance(layer, nn.Conv2d) else vector
+def _along_outputs(vector: Tensor, layer: nn.Module, out: Tensor) -> Tensor:
+    """(out,) shaped to meet the output `out`: (N, out, ...) of convolutions and group norms, else (..., out)."""
+    if isinstance(layer, nn.Conv2d | nn.GroupNorm):
+        return vector.reshape(-1, *[1] * (out.dim() - 2))
+    return vector

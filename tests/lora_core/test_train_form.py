@@ -108,7 +108,7 @@ def test_no_op_at_birth(variant: str, init: str) -> None:
 
 
 def test_gaussian_has_diffusers_spread() -> None:
-    form = attach(nn.Sequential(nn.Linear(4000, 8)), LoraConfig(rank=16, alpha=4, targets="all-linear"))
+    form = attach(nn.Sequential(nn.Linear(4000, 32)), LoraConfig(rank=16, alpha=4, targets="all-linear"))
     (layer,) = form.layers
     assert low_rank(layer).down.std().item() == pytest.approx(1 / 16, rel=0.02)
     assert not low_rank(layer).up.any()
@@ -212,5 +212,8 @@ def test_rank_and_alpha_patterns() -> None:
         LoraConfig(rank=2, alpha=3, targets=TARGETS, rank_pattern={"conv.*": 5}, alpha_pattern={"proj": 9}),
     )
     layers = zip(form.paths, form.layers, strict=True)
-    found = {path: (low_rank(layer).rank, low_rank(layer).alpha) for path, layer in layers}
+    found = {
+        path: (low_rank(layer).site.rank, low_rank(layer).site.config.alpha_at(path.removeprefix("unet.")))
+        for path, layer in layers
+    }
     assert found == {"unet.proj": (2, 9), "unet.plain": (2, 3), "unet.conv1": (5, 3), "unet.conv2": (5, 3)}

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 from pydantic import ValidationError
 
-from lora_core.config import INITS, VARIANTS
+from lora_core.config import BIASES, INITS, KINDS, VARIANTS
 from lora_core.errors import ConfigError
 from lora_core.targets import find_targets
 from tests.small_models import small_pipeline
@@ -69,7 +69,30 @@ WRONG = [
     ({"train": {"zzz": 1}}, "There is no setting train.zzz. [train] knows: steps, "),
     ({"bse": "x"}, 'There is no setting bse. Did you mean "base"? The top of a preset knows: name, base, '),
     ({"lora": {"rank": 0}}, "[lora] rank = 0 is out of range"),
-    ({"lora": {"rank_pattern": {"to_q": 0}}}, "[lora] rank = 0 is out of range"),
+    ({"lora": {"rank_pattern": {"to_q": 0}}}, "[lora] rank_pattern.to_q = 0 is out of range"),
+    ({"lora": {"rank_pattern": {"(": 4}}}, '[lora] rank_pattern: "(" is no regular expression'),
+    ({"lora": {"dropout": 1.5}}, "[lora] dropout = 1.5 must be at least 0 and below 1: it is the share"),
+    ({"lora": {"kind": "lokar"}}, 'Did you mean "lokr"?'),
+    ({"lora": {"bias": "lora"}}, 'Did you mean "lora_only"?'),
+    ({"lora": {"factor": 8}}, 'factor = 8 is about LoKr, and kind = "lora"'),
+    ({"lora": {"kind": "lokr", "factor": 0}}, "factor = 0 must be at least 1"),
+    ({"lora": {"kind": "loha", "decompose_both": True}}, "decompose_both = true is about LoKr"),
+    ({"lora": {"kind": "loha", "init": "kaiming"}}, 'init = "kaiming" is a beginning of kind = "lora"'),
+    ({"lora": {"layers_pattern": ["layers"]}}, "says what layers_to_transform counts in"),
+    ({"lora": {"layers_to_transform": []}}, "layers_to_transform is empty"),
+    ({"lora": {"layers_to_transform": [-1]}}, "layers_to_transform = -1 must count from 0"),
+    ({"lora": {"text_encoder_layers_to_transform": [-2]}}, "layers_to_transform = -2 must count from 0"),
+    ({"lora": {"kind": "loha"}, "train": {"lora_plus_ratio": 16.0}}, "train.lora_plus_ratio = 16.0 is about"),
+    ({"train": {"lora_plus_ratio": 0.5}}, "train.lora_plus_ratio = 0.5 must be at least 1"),
+    (
+        {
+            "lora": {"text_encoder_modules_to_save": ["final_layer_norm"]},
+            "train": {"text_encoder_learning_rate": 0.0},
+        },
+        "has no effect with train.text_encoder_learning_rate = 0",
+    ),
+    ({"lora": {"kind": "lokr"}, "save": {"spelling": "peft"}}, 'has no words for lora.kind = "lokr"'),
+    ({"lora": {"bias": "all"}, "save": {"spelling": "diffusers"}}, 'no words for lora.bias = "all"'),
     ({"lora": {"rank_pattern": {"to_q": "x"}}}, 'lora.rank_pattern.to_q = "x" must be a whole number.'),
     ({"lora": {"targets": "attention"}}, 'lora.targets = "attention" must be a list'),
     ({"lora": {"targets": []}}, "need an entry"),
@@ -121,6 +144,8 @@ def test_choices_are_those_the_code_knows() -> None:
     assert get_args(TrainSettings.model_fields["loss_weighting"].annotation) == tuple(WEIGHTINGS)
     assert get_args(LoraSettings.model_fields["init"].annotation) == INITS
     assert get_args(LoraSettings.model_fields["variant"].annotation) == VARIANTS
+    assert get_args(LoraSettings.model_fields["kind"].annotation) == KINDS
+    assert get_args(LoraSettings.model_fields["bias"].annotation) == BIASES
 
 
 def test_path_fields_are_all_found() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def test_low_vram_says_what_each_line_spares_or_costs() -> None:
 @given(
     prompt=st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip),
     pattern=st.dictionaries(
-        st.text(st.characters(exclude_categories=["Cs"])), st.floats(1e-30, 1e30), max_size=3
+        st.text(st.characters(exclude_categories=["Cs"])).map(re.escape), st.floats(1e-30, 1e30), max_size=3
     ),
     rate=st.floats(min_value=0, exclude_min=True, allow_infinity=False),
 )
