@@ -119,7 +119,7 @@ def _spellings(name: str) -> Iterator[str]:
         yield re.sub(rf"(mid_block\.attentions\.0)\.{re.escape(new)}\.", rf"\1.{old}.", name)
 
 
-def fill(model: nn.Module, stored: Stored, *, device: torch.device, dtype: torch.dtype) -> None:
+def fill(model: nn.Module, stored: Stored, *, device: torch.device | str, dtype: torch.dtype) -> None:
     """Give a model built on the meta device its weights, from disk to `device`; frozen, in eval mode."""
     state = {name: tensor.to(device=device, dtype=dtype) for name, tensor in stored.tensors()}
     model.load_state_dict(state, assign=True, strict=True)

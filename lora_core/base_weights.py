@@ -15,10 +15,11 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from lora_core import algebra
+from lora_core import algebra, quantised
 from lora_core.adapter import weight_of
 from lora_core.deltas import Delta
 from lora_core.errors import LoraError
+from lora_core.storages import storage_of
 from lora_core.worn import Worn, wear
 
 
@@ -29,7 +30,7 @@ class BaseReport:
     equal: int
     total: int
     changed: tuple[str, ...]
-    against: str  # "the checkpoint" or "the model as it was given"
+    against: str  # "the checkpoint" (quantised layers: what quantising it again gives) or "the model as it was given"
 
     def __bool__(self) -> bool:
         return self.equal == self.total and self.total > 0
@@ -67,7 +68,7 @@ class BaseWeights:
         self._originals: dict[str, Tensor] = {}  # their W0, unless it is in the checkpoint alone
         self._checkpoint = checkpoint
         # a model that came from no file is compared with what it was when it was given
-        self._digests = {} if checkpoint else {f"{c}.{n}": digest(t) for c, n, t in self._live()}
+        self._digests = {} if checkpoint else self._digests_now()
 
     @torch.no_grad()
     def fuse(
@@ -144,9 +145,7 @@ class BaseWeights:
         for component, name, tensor in self._checkpoint():
             parameter = live.get(f"{component}.{name}")
             if parameter is not None and (wanted is None or id(parameter) in wanted):
-                same = torch.equal(parameter.detach().cpu(), tensor.to(parameter.dtype))
-                if not same:
-                    parameter.copy_(tensor)
+                quantised.write_as_in_checkpoint(self.models[component], name, parameter, tensor)
 
     def _place(self, weights: list[Tensor]) -> Keep:
         if self.keep != "auto":
@@ -169,27 +168,32 @@ class BaseWeights:
 
     def verify(self) -> BaseReport:
         """Compare every parameter with the checkpoint (read again from disk), or with its digest at the start."""
-        live = {f"{c}.{n}": t for c, n, t in self._live()}
         changed: list[str] = []
         if self._checkpoint is None:
-            changed = [n for n, d in self._digests.items() if n not in live or digest(live[n]) != d]
+            now = self._digests_now()
+            changed = [n for n, d in self._digests.items() if now.get(n) != d]
             return BaseReport(
                 len(self._digests) - len(changed),
                 len(self._digests),
                 tuple(changed),
                 "the model as it was given",
             )
+        live = {f"{c}.{n}": t for c, n, t in self._live()}
         total = 0
         for component, name, tensor in self._checkpoint():
             if component not in self.models:
                 continue
             total, here = total + 1, live.pop(f"{component}.{name}", None)
-            if here is None or not torch.equal(here.detach().cpu(), tensor.to(here.dtype)):
+            if here is None or not quantised.as_in_checkpoint(self.models[component], name, here, tensor):
                 changed.append(f"{component}.{name}")
         changed += live  # a parameter the checkpoint does not know cannot be proved
-        return BaseReport(
-            total - len(changed) + len(live), total + len(live), tuple(changed), "the checkpoint"
-        )
+        packed = sum(storage_of(m) is not None for model in self.models.values() for m in model.modules())
+        against = f"the checkpoint, {packed} layers of it quantised again" if packed else "the checkpoint"
+        return BaseReport(total - len(changed) + len(live), total + len(live), tuple(changed), against)
+
+    def _digests_now(self) -> dict[str, str]:
+        scales = [(c, n, t) for c, model in self.models.items() for n, t in quantised.scales_of(model)]
+        return {f"{c}.{n}": digest(t) for c, n, t in [*self._live(), *scales]}
 
     def _live(self) -> Iterator[tuple[str, str, Tensor]]:
         for component, model in self.models.items():

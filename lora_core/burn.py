@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from lora_core import algebra, unet_blocks
 from lora_core.adapter import COMPONENTS, Adapter
 from lora_core.deltas import Delta
-from lora_core.errors import ConfigError, LoraError, WrongFamily
+from lora_core.errors import ConfigError, WrongFamily
 from lora_core.mix import AdapterWeight, Mix
-from lora_core.worn import Place, original_weight, stored
+from lora_core.worn import Place, original_weight
 
 # One LoRA as trained moves its layers by 0.3 to 5 % of their norm. Three times the strongest of these is where
 # oversaturated, hard-edged pictures begin to be usual; a LoRA alone at weight 1 stays well below it.
@@ -55,7 +55,7 @@ def strength(
 
     LoRAs that pull the same way add up in it, and opposite ones cancel. Layers that no LoRA touches do not count,
     or a LoRA of the attention alone would look weak. Linear in the weights of a block. The layers must hold W0:
-    unfuse first. Raises LoraError for a quantised layer, and for DoRA on one cast to 8 bits.
+    unfuse first.
     """
     moved: dict[str, float] = {}
     whole: dict[str, float] = {}
@@ -74,13 +74,7 @@ def _ratio(change: float, base: float) -> float:
 
 
 def _weight_squared(layer: nn.Module, path: str) -> float:
-    weight = stored(layer, path, "weight")
-    assert weight is not None
-    if not weight.is_floating_point():
-        raise LoraError(
-            f"{path} is quantised ({weight.dtype}): how far LoRAs move it cannot be measured. Open the model without "
-            "quantisation."
-        )
+    weight = original_weight(layer, path)
     norm = torch.linalg.vector_norm(weight.to(Place.of(layer).device), dtype=torch.float32)
     return float(norm) ** 2
 

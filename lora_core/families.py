@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from lora_core.adapter import Adapter, resolve, weight_of
+from lora_core.adapter import Adapter, resolve
 from lora_core.errors import WrongFamily
+from lora_core.storages import dense_shape
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def check_belongs(adapter: Adapter, models: Mapping[str, nn.Module], family: Fam
                 f"{path} of this LoRA is a {type(layer).__name__} in this model, which has no weight to "
                 "change. Load it on the model it was trained on."
             )
-        expected = tuple(weight_of(layer).shape)
+        expected = dense_shape(layer)
         if not (compatible(shapes[path], expected) or _flattened(expected) == shapes[path]):
             why = "of other sizes" if own else f"of another kind than this {family.title} one"
             raise WrongFamily(

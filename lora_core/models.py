@@ -35,6 +35,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from lora_core.adapter import COMPONENTS
 from lora_core.base_files import (
     Stored,
     check_counts,
@@ -50,6 +51,7 @@ from lora_core.clip_vocabulary import SIZE, clip_merges, clip_vocabulary
 from lora_core.errors import FileRefused
 from lora_core.families import Family, family_of_unet
 from lora_core.ldm_names import ldm_keys
+from lora_core.quantised import Quantised, quantise, refuse_unknown
 from lora_core.safe_files import read_header
 from lora_core.single_file import describe
 
@@ -85,6 +87,7 @@ class OpenedBase:
     path        the folder or file it was read from
     unused      tensors of the files that belong to nothing in this model, by key
     stored      where each parameter lies
+    quantised   what keeping the base in fewer bits did, if that was asked for
     """
 
     pipeline: Any
@@ -93,6 +96,7 @@ class OpenedBase:
     path: Path
     unused: tuple[str, ...] = ()
     stored: tuple[Stored, ...] = field(default=(), repr=False)
+    quantised: Quantised | None = None
 
     @functools.cached_property
     def model_hash(self) -> str | None:
@@ -111,6 +115,11 @@ class OpenedBase:
         for part in self.stored:
             for name, tensor in part.tensors():
                 yield part.component, name, tensor
+
+    def original(self, component: str, name: str) -> Tensor:
+        """One parameter by its live name, read from disk again: W0 where the live model keeps it in fewer bits."""
+        part = next(part for part in self.stored if part.component == component)
+        return part.tensor(name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,18 +153,29 @@ def find_base(source: str | Path) -> FoundBase:
     return FoundBase(family, name, path, parts, stored, unused)
 
 
-def open_base(source: str | Path, *, device: Any = None, dtype: torch.dtype | None = None) -> OpenedBase:
+def open_base(
+    source: str | Path,
+    *,
+    device: Any = None,
+    dtype: torch.dtype | None = None,
+    quantize: str | None = None,
+) -> OpenedBase:
     """Open "demo", a diffusers folder, an SD 1.x .safetensors file or a hub id.
 
-    device None is the best there is (cuda, mps, cpu); dtype None is fp16 on cuda and fp32 elsewhere. Raises
-    FileRefused, whose sentence says what was found, what was expected and what to do. Tensors that nothing
-    needs are named in a warning and in `unused`.
+    device None is the best there is (cuda, mps, cpu); dtype None is fp16 on cuda and fp32 elsewhere. `quantize`
+    "nf4", "int8" or "fp8" keeps the UNet and the text encoders in fewer bits (quantised.py); they are read into main
+    memory and packed on their way to the device. Raises LoraError where that cannot be, and FileRefused, whose
+    sentence says what was found, what was expected and what to do. Tensors that nothing needs are named in a warning
+    and in `unused`.
     """
     device = torch.device(device) if device is not None else _best_device()
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
     found = find_base(source)
+    refuse_unknown(quantize)
     for part in found.stored:  # now that nothing can be refused any more: this reads gigabytes
-        fill(found.parts[part.component], part, device=device, dtype=dtype)
+        fill(found.parts[part.component], part, device="cpu" if quantize else device, dtype=dtype)
+    models = {c: found.parts[c] for c in COMPONENTS if c in found.parts}
+    packed = quantise(models, quantize, device) if quantize else None
     pipeline = found.pipeline
     pipeline.to(device)  # weights are there already: this moves the buffers
     if found.unused:
@@ -167,7 +187,7 @@ def open_base(source: str | Path, *, device: Any = None, dtype: torch.dtype | No
             f"not used: {shown}.",
             stacklevel=2,
         )
-    return OpenedBase(pipeline, found.family, found.name, found.path, found.unused, found.stored)
+    return OpenedBase(pipeline, found.family, found.name, found.path, found.unused, found.stored, packed)
 
 
 def clip_tokenizer() -> CLIPTokenizer:

@@ -42,10 +42,16 @@ class LivePipeline(MeasuredMix):
 
     @classmethod
     def open(
-        cls, source: str | Path, *, device: Any = None, dtype: torch.dtype | None = None
+        cls,
+        source: str | Path,
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        quantize: str | None = None,
     ) -> LivePipeline:
-        """`source`: "demo", a diffusers folder, a single .safetensors checkpoint, or a hub id."""
-        opened = open_base(source, device=device, dtype=dtype)
+        """`source`: "demo", a diffusers folder, a single .safetensors checkpoint, or a hub id. `quantize`: "nf4",
+        "int8" or "fp8" keep the base in fewer bits."""
+        opened = open_base(source, device=device, dtype=dtype, quantize=quantize)
         return cls(opened.pipeline, opened=opened)
 
     @property

@@ -24,6 +24,7 @@ from lora_core.adapter import weight_of
 from lora_core.deltas import Delta
 from lora_core.deltas.magnitude import WithMagnitude
 from lora_core.errors import LoraError
+from lora_core.storages import dequantised, storage_of
 
 
 class Extra(Protocol):
@@ -148,18 +149,14 @@ class Place:
 
 
 def original_weight(layer: nn.Module, path: str) -> Tensor:
-    """W0 as it lies: from an offload hook's own map where the layer's weight is on the meta device.
+    """W0 as it lies, or in fp32 where the layer keeps it in fewer bits: what the layer computes with. From an offload
+    hook's own map where the layer's weight is on the meta device.
 
-    Raises LoraError where it cannot be had (quantised, or cast to 8 bits, or gone).
+    Raises LoraError where it cannot be had (gone, or in a form that cannot be read).
     """
     weight = stored(layer, path, "weight")
     assert weight is not None
-    if not weight.is_floating_point() or weight.element_size() < 2:
-        raise LoraError(
-            f"{path} is kept in {weight.dtype}: this LoRA's kind (DoRA) needs the weight itself. Open the model "
-            "without quantisation or casting, or use a LoRA without magnitudes."
-        )
-    return weight.detach()
+    return weight.detach() if storage_of(layer) is None else dequantised(layer, weight)
 
 
 def stored(layer: nn.Module, path: str, name: str) -> Tensor | None:
