@@ -122,6 +122,8 @@ class LayerRack:
 
     def forward(self, x: Tensor, base_out: Tensor) -> Tensor:
         """Writes into `base_out`, which the layer has just made, and returns it."""
+        if base_out.requires_grad:  # what bitsandbytes made cannot be written into where a gradient is wanted
+            base_out = base_out.clone()
         if x.dtype is not self.downs.dtype:  # autocast: the layer's own dtype
             x = x.to(self.downs.dtype)
         added = self._extra_terms(x, base_out) if self.extras else None

@@ -21,6 +21,7 @@ from lora_core.mix import Mix
 from lora_core.models import OpenedBase, open_base
 from lora_core.prompt_tags import split_tags
 from lora_core.samplers import sampler_name
+from lora_core.storages import refuse_lost
 
 
 class LivePipeline(MeasuredMix):
@@ -77,6 +78,9 @@ class LivePipeline(MeasuredMix):
         """
         prompt, tags = split_tags(request.prompt)
         request = replace(request, prompt=prompt)
+        for component, model in self.models.items():
+            for path, layer in model.named_modules():
+                refuse_lost(layer, f"{component}.{path}")
         with self._generating, self._lock, torch.no_grad():
             first = settled(request.seed)
             if request.mixes and self.fused:

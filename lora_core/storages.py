@@ -195,6 +195,16 @@ def dequantised(layer: nn.Module, weight: Tensor | None = None) -> Tensor:
     return own.detach().float() if storage is None else storage.dense(layer, own)
 
 
+def refuse_lost(layer: nn.Module, path: str) -> None:
+    """LoraError for a packed layer that has been offloaded by itself: bitsandbytes cannot compute with it then."""
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_meta and not weight.is_floating_point():
+        raise LoraError(
+            f"{path} is quantised and offloaded layer by layer, which bitsandbytes cannot do. Offload whole models "
+            "(model offload), or open the base as fp8."
+        )
+
+
 def dense_shape(layer: Any) -> tuple[int, ...]:
     """Of the layer's weight, unpacked."""
     packed = storage_of(layer) is not None and isinstance(layer, nn.Linear)

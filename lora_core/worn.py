@@ -24,7 +24,7 @@ from lora_core.adapter import weight_of
 from lora_core.deltas import Delta
 from lora_core.deltas.magnitude import WithMagnitude
 from lora_core.errors import LoraError
-from lora_core.storages import dequantised, storage_of
+from lora_core.storages import dequantised, refuse_lost, storage_of
 
 
 class Extra(Protocol):
@@ -174,6 +174,7 @@ def stored(layer: nn.Module, path: str, name: str) -> Tensor | None:
 @torch.no_grad()
 def wear(name: str, delta: Delta, layer: nn.Module, path: str, original: Tensor | None = None) -> Worn:
     """`original` is W0 where the layer is fused at the moment. Tensors stay in the Delta's dtype or fp32."""
+    refuse_lost(layer, path)
     place = Place.of(layer)
     out, shape = weight_shape(layer)
     empty = Worn(name, torch.empty(0, *shape, device=place.device), torch.empty(out, 0, device=place.device))

@@ -15,7 +15,7 @@ from lora_core import Adapter, LivePipeline
 from lora_core.adapter import weight_of
 from lora_core.burn import LIMIT, advice, block_of, normalised, overlap, strength
 from lora_core.deltas.low_rank import LowRank
-from lora_core.errors import ConfigError, LoraError, WrongFamily
+from lora_core.errors import ConfigError, WrongFamily
 from lora_core.mix import AdapterWeight, Mix, check_blocks
 from tests.lora_core.test_pipeline import ALL, random_adapter
 from tests.lora_core.test_worn_kinds import adapter_of
@@ -130,15 +130,6 @@ def test_layers_outside_the_blocks_have_a_name_of_their_own() -> None:
     assert block_of("unet.down_blocks.1.resnets.0.conv1") == "down.1"
     assert block_of("unet.mid_block.resnets.0.conv1") == "mid"
     assert block_of("text_encoder_2.text_projection") == "text_encoder_2"
-
-
-def test_a_quantised_layer_is_refused_by_name() -> None:
-    layer = nn.Linear(6, 5)
-    layer.weight = nn.Parameter(torch.zeros(15, 1, dtype=torch.uint8), requires_grad=False)
-    path = "unet.mid_block.attentions.0.proj_in"
-    delta = LowRank(torch.randn(2, 6), torch.randn(5, 2), 3.0)
-    with pytest.raises(LoraError, match=r"mid_block.*quantised"):
-        strength({path: layer}, {path: [(1.0, delta)]})
 
 
 # --- normalised --------------------------------------------------------------------------------------------

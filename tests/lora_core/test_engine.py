@@ -15,11 +15,13 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from lora_core import Adapter, GenerationRequest, LivePipeline
+from lora_core import GenerationRequest, LivePipeline
 from lora_core.adapter import weight_of
 from lora_core.errors import ConfigError, LoraError, NotLoaded, Stopped
 from lora_core.layer_rack import bucket
 from lora_core.parameters import parse_parameters
+from lora_core.quantised import quantise
+from lora_core.storages import dequantised, storage_of
 from tests.lora_core.test_pipeline import (
     ALL,
     bits,
@@ -255,17 +257,20 @@ def test_model_offload(live: LivePipeline) -> None:
 
 
 def test_fp8_layerwise_casting() -> None:
-    """The factors stay in the dtype in which the layer computes; fusing is refused."""
+    """The factors stay in the dtype in which the layer computes, a DoRA's norm is that of the fp8 weights; fusing is
+    refused."""
     live, oracle = (LivePipeline(small_pipeline("sd1")) for _ in range(2))
-    adapter = random_adapter(live, 1)
+    adapters = {v: random_adapter(live, i, variant=v) for i, v in enumerate(("lora", "dora"))}
     for each in (live, oracle):
         each.models["unet"].enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
     bare = outputs(live)["unet"]
-    live.load(adapter, name="a")
-    for path, delta in adapter.deltas.items():  # the oracle's layers compute in fp32 from the fp8 weights
+    for name, adapter in adapters.items():
+        live.load(adapter, name=name)
+    for path in adapters["lora"].deltas:  # the oracle's layers compute in fp32 from the fp8 weights
         if path.startswith("unet."):
             layer = oracle.models["unet"].get_submodule(path.removeprefix("unet."))
-            change = delta.delta(weight_of(layer).float())
+            weight = weight_of(layer).float()
+            change = adapters["lora"].deltas[path].delta(weight) + adapters["dora"].deltas[path].delta(weight)
             layer.register_forward_hook(
                 lambda _, x, out, change=change: out + nn.functional.linear(x[0], change)
             )
@@ -274,9 +279,6 @@ def test_fp8_layerwise_casting() -> None:
     assert (worn - bare).abs().max() > 1e-2
     with pytest.raises(LoraError, match="cannot be fused"):
         live.fuse()
-    with pytest.raises(LoraError, match="DoRA"):
-        live.load(random_adapter(oracle, 2, variant="dora"), name="b")
-    assert list(live.loaded) == ["a"]
     live.unload()
     assert torch.equal(outputs(live)["unet"], bare)
 
@@ -303,29 +305,76 @@ def test_gradient_checkpointing(live: LivePipeline) -> None:
     assert not torch.allclose(grads[0], sample.grad, rtol=1e-2)
 
 
-def test_a_packed_layer_is_worn_live_and_never_fused() -> None:
-    """bitsandbytes' nf4: on a device that has its kernels."""
-    bnb = pytest.importorskip("bitsandbytes")
+@pytest.fixture
+def packed() -> Iterator[LivePipeline]:
+    """A LoRA and a DoRA worn by an nf4 UNet and text encoder."""
     live = LivePipeline(small_pipeline("sd1"))
-    adapter = random_adapter(live, 1)
-    path = next(p for p in adapter.deltas if p.endswith("attn1.to_q"))
-    parent, _, leaf = path.removeprefix("unet.").rpartition(".")
-    block = live.models["unet"].get_submodule(parent)
-    old = getattr(block, leaf)
-    packed = bnb.nn.Linear4bit(
-        old.in_features, old.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4"
-    )
-    packed.weight = bnb.nn.Params4bit(old.weight.detach().clone(), requires_grad=False, quant_type="nf4")
-    setattr(block, leaf, packed.to("cpu"))
-    x = torch.randn(2, 5, old.in_features)
-    with torch.no_grad():
-        bare = packed(x)
-        live.load(Adapter({path: adapter.deltas[path]}), name="a")
-        expected = bare + x @ adapter.deltas[path].delta(old.weight).T
-        assert torch.allclose(packed(x), expected, atol=1e-4)
-    with pytest.raises(LoraError, match="cannot be fused"):
-        live.fuse()
+    adapters = [random_adapter(live, i, variant=v) for i, v in enumerate(("lora", "dora"))]
+    quantise(live.models, "nf4")
+    for i, adapter in enumerate(adapters):
+        live.load(adapter, name="ab"[i], weight=0.8 - i / 4)
+    yield live
     live.unload()
+
+
+def test_nf4_is_worn_live_and_never_fused(packed: LivePipeline) -> None:
+    worn = outputs(packed)
+    with pytest.raises(LoraError, match="cannot be fused"):
+        packed.fuse()
+    plain = LivePipeline(small_pipeline("sd1"))
+    for component, model in packed.models.items():
+        for path, layer in model.named_modules():
+            if storage_of(layer) is not None:
+                with torch.no_grad():
+                    weight_of(plain.models[component].get_submodule(path)).copy_(dequantised(layer))
+    for name, adapter in packed.loaded.items():
+        plain.load(adapter, name=name, weight=packed.weights[name])
+    close(worn, outputs(plain))
+
+
+def test_nf4_under_gradient_checkpointing(packed: LivePipeline) -> None:
+    unet, given, grads = packed.models["unet"], inputs(packed), []
+    for wrapped in (False, True):
+        sample = given["sample"].clone().requires_grad_()
+        if wrapped:
+            unet.enable_gradient_checkpointing()
+            unet.train()
+        unet(**{**given, "sample": sample}).sample.square().sum().backward()
+        grads.append(sample.grad)
+    assert torch.allclose(grads[0], grads[1], rtol=1e-4, atol=1e-4)
+
+
+def test_nf4_under_model_offload(packed: LivePipeline) -> None:
+    worn = outputs(packed)
+    _, hook = accelerate.cpu_offload_with_hook(packed.models["unet"], torch.device("cpu"))
+    close(outputs(packed), worn)
+    hook.offload()
+    close(outputs(packed), worn)
+    hook.remove()
+
+
+def test_nf4_under_sequential_offload_is_refused(packed: LivePipeline) -> None:
+    """bitsandbytes cannot compute with a weight that comes and goes by itself; whoever comes first, it is said."""
+    adapter = packed.loaded["a"]
+    offloaded(packed)
+    for ask in (
+        lambda: packed.load(adapter, name="c"),
+        lambda: packed.generate(GenerationRequest(prompt="a cat", steps=1)),
+    ):
+        with pytest.raises(LoraError, match="quantised and offloaded layer by layer"):
+            ask()
+    assert sorted(packed.loaded) == ["a", "b"]
+
+
+def test_fp8_under_sequential_offload() -> None:
+    live, plain = (LivePipeline(small_pipeline("sd1")) for _ in range(2))
+    adapter = random_adapter(live, 1, variant="dora", targets=ALL)
+    for each in (live, plain):
+        each.models["unet"].enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    offloaded(live)
+    for each in (live, plain):
+        each.load(adapter, name="a")
+    close({"unet": outputs(live)["unet"]}, {"unet": outputs(plain)["unet"]})
 
 
 def test_a_compiled_unet_is_never_compiled_again_within_a_bucket() -> None:
