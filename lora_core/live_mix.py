@@ -57,7 +57,7 @@ class LiveMix:
         self._rack = Rack()
         self._shelf = Shelf()
         self._base = BaseWeights({**models, **others}, checkpoint)
-        self._unet_paths = [f"unet.{n}" for n, _ in self.models["unet"].named_modules()]
+        self.unet_paths = [f"unet.{n}" for n, _ in self.models["unet"].named_modules()]
         self._lock = Turnstile()  # guards all of this, and the generation that runs
         self._run: Run | None = None
         self._mode: Mode = "live"
@@ -77,7 +77,7 @@ class LiveMix:
         parsed = AdapterWeight.parse(name, weight)
         with self._lock:
             check_belongs(adapter, self.models, self.family)
-            self._check_blocks(name, parsed)
+            check_blocks(name, parsed, self.unet_paths)
             self._refuse_unfusable({**self._mix, name: parsed})
             layers = resolve(adapter.deltas, self.models)
             coverage = Coverage.of(adapter, layers)
@@ -119,16 +119,13 @@ class LiveMix:
         else:
             self._rack.set_mixes([self._mix])
 
-    def _check_blocks(self, name: str, weight: AdapterWeight) -> None:
-        check_blocks(name, weight, self._unet_paths)
-
     def _changed(self, weights: Mapping[str, WeightValue], *, only: bool) -> Mix:
         for name in weights:
             self._require(name)
         mix = {n: AdapterWeight.parse(n, 0.0) for n in self._mix} if only else dict(self._mix)
         for name, value in weights.items():
             mix[name] = AdapterWeight.parse(name, value, self._mix[name])
-            self._check_blocks(name, mix[name])
+            check_blocks(name, mix[name], self.unet_paths)
         return mix
 
     def _require(self, name: str) -> None:
@@ -165,13 +162,15 @@ class LiveMix:
         self._rack.enabled = not self._base.fused
         return said
 
-    def _changes(self) -> tuple[dict[str, nn.Module], dict[str, list[tuple[float, Delta]]]]:
-        """-> layers, and what the mix adds to each, by adapter path."""
+    def _changes(
+        self, progress: float = 0.0
+    ) -> tuple[dict[str, nn.Module], dict[str, list[tuple[float, Delta]]]]:
+        """-> layers, and what the mix adds to each at this point of the denoising, by adapter path."""
         layers: dict[str, nn.Module] = {}
         changes: dict[str, list[tuple[float, Delta]]] = {}
         for name, own in self._layers.items():
             for path, layer in own.items():
-                weight = self._mix[name].at(path)
+                weight = self._mix[name].at(path, progress=progress)
                 if weight:
                     changes.setdefault(path, []).append((weight, self._adapters[name].deltas[path]))
                     layers[path] = layer

@@ -11,6 +11,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -234,9 +235,13 @@ def check_blocks(name: str, weight: AdapterWeight, paths: Iterable[str]) -> None
     layers = inside_unet(paths)
     for key, _ in weight.blocks:
         if not any(matches(key, path) for path in layers):
+            known = known_blocks(layers)
+            parts = [*known, *(f"{block}.{part}" for block in known for part in ("attn", "res"))]
+            near = get_close_matches(key, [p for p in parts if any(matches(p, path) for path in layers)], n=1)
+            hint = f' Did you mean "{near[0]}"?' if near else ""
             raise ConfigError(
-                f'Weight of "{name}": block "{key}" names no layer of this model\'s UNet. Known: '
-                f"{', '.join(known_blocks(layers))}; each with .attn or .res for only its attentions or resnets; "
+                f'Weight of "{name}": block "{key}" names no layer of this model\'s UNet.{hint} Known: '
+                f"{', '.join(known)}; each with .attn or .res for only its attentions or resnets; "
                 "or a regular expression that is found in a layer's path."
             )
 

@@ -635,6 +635,24 @@ def test_normalised_no_block_is_above_the_limit_and_the_others_are_as_they_were(
         live.overlaps()
 
 
+def test_a_mix_with_a_curve_is_as_strong_as_at_its_strongest_step(live: LivePipeline) -> None:
+    """Against the same weights held still: a LoRA that fades in is not weak because it begins at 0."""
+    live.set_weights({"a": {"curve": [[0, 0], [0.5, 2], [1, 1]]}, "b": {"curve": [[0.2, 1], [1, 0]]}})
+    curved = live.strengths()
+    limit = max(curved.values()) / 2
+    full = {}
+    for at in (0, 0.2, 0.5, 1):
+        factors = {"a": 0.8 * 4 * at if at <= 0.5 else 0.8, "b": 0.5 * min(1.0, (1 - at) / 0.8)}
+        live.set_weights({name: {"unet": w, "curve": []} for name, w in factors.items()})
+        for block, figure in live.strengths().items():
+            full[block] = max(full.get(block, 0.0), figure)
+    assert curved == pytest.approx(full, rel=1e-5)
+    live.set_weights({"a": {"unet": 0.8, "curve": [[0, 0], [0.5, 2], [1, 1]]}})
+    live.set_weights({"b": {"unet": 0.5, "curve": [[0.2, 1], [1, 0]]}})
+    live.normalise(limit)
+    assert max(live.strengths().values()) == pytest.approx(limit, rel=1e-3)
+
+
 def test_a_lora_overlaps_itself_wholly(live: LivePipeline) -> None:
     live.load(random_adapter(live, 1), name="again")
     cosines = live.overlaps()

@@ -318,6 +318,9 @@ def test_blocks_of_a_real_topology(family: str) -> None:
             check_blocks("ink", weight, iter(paths))
         assert f'"{key}" names no layer' in str(caught.value)
         assert ", ".join(known) in str(caught.value)
+    for key, near in (("dwon.1", "down.1"), ("mid.atn", "mid.attn")):
+        with pytest.raises(ConfigError, match=f'Did you mean "{near}"'):
+            check_blocks("ink", AdapterWeight.parse("ink", {"blocks": {key: 1}}), paths)
 
 
 def test_ten_blocks_are_counted_not_spelled() -> None:
