@@ -44,7 +44,7 @@ _CALLS = (
     r"upload|upload_progress|queue/(?:join|data)|(?:run|api)/[^/]+|info|config|theme\.css|startup-events|app_id"
     r"|component_server|cancel|reset|heartbeat/[^/]+|stream/.*"
 )
-_OURS = r"loom/(?:news|row|picture|thumb/[^/]+)"
+_OURS = r"loom/(?:news|row|mix|picture|thumb/[^/]+)"
 PATHS = re.compile(
     rf"/(?:{_OURS}|config|theme\.css|favicon\.ico|manifest\.json|robots\.txt|(?:assets|static|svelte)/.*"
     rf"|gradio_api/(?:{_CALLS}))?/?"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from app import mixing
 from app.gpu_lease import leased
 from app.jobs import Job
 from app.pictures import data_uri
@@ -15,6 +16,7 @@ from lora_core.burn import advice
 from lora_core.contact_sheet import cells_of_loras, cells_of_seeds, rendered, sheet
 from lora_core.errors import LoraError
 from lora_core.generation import GenerationRequest, settled
+from lora_core.mix import AdapterWeight
 from lora_core.pipeline import LivePipeline
 from lora_core.prompt_tags import split_tags
 
@@ -36,6 +38,28 @@ def measure(session: Session, job: Job) -> str:
     said = [f"Moved furthest: {', '.join(f'{block} by {strengths[block]:.1%}' for block in most)}."]
     said += [f"{a} and {b} overlap by {cosine:.2f}." for (a, b), cosine in overlaps.items()]
     return " ".join(filter(None, [*said, advice(strengths)]))
+
+
+def normalise(session: Session, job: Job) -> str:
+    """Every block that the mix moves too far is brought down to the limit; the rows show by which weights."""
+    pipe = session.ready(job)
+    if not pipe.loaded:
+        raise LoraError(
+            "There is no LoRA to bring down. Drop one onto the page, or load one from the library."
+        )
+    session.wanted.fused = False
+    session.apply(pipe)
+    pipe.unfuse()  # what fuses by itself is fused again by itself
+    said = pipe.normalise()
+    with session.lock:
+        mixing.keep_before(session)
+        weights = pipe.weights
+        for name in mixing.heard(session):
+            if name in weights:
+                session.rows[name] = session.rows[name].wearing(AdapterWeight.parse(name, weights[name]))
+        session.put = mixing.heard(session)
+    session.changed()
+    return said
 
 
 def generate(session: Session, request: GenerationRequest, job: Job) -> str:

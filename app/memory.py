@@ -6,23 +6,31 @@ import dataclasses
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from lora_core.errors import ConfigError, LoraError
 from lora_core.generation import GenerationRequest
-from lora_core.mix import WeightValue
+from lora_core.mix import AdapterWeight, Curve, WeightValue
 from lora_core.safe_files import write_atomic
 
 
 @dataclass(frozen=True)
 class Row:
-    """One LoRA of the mixer. `text` is the text encoders' own weight, None where they follow `weight`;
-    `aside` is why the base that is open cannot wear it, empty if it does."""
+    """One LoRA of the mixer.
+
+    text, text_2         the text encoders' own weights; None where the first follows `weight`, the second the first
+    blocks, curve, half  as `AdapterWeight` has them
+    aside                why the base that is open cannot wear it, empty if it does
+    """
 
     name: str
     file: str
     weight: float = 1.0
     text: float | None = None
+    text_2: float | None = None
+    blocks: tuple[tuple[str, float], ...] = ()
+    curve: Curve = ()
+    half: Literal["both", "conditional"] = "both"
     on: bool = True
     aside: str = ""
     facts: str = ""
@@ -32,11 +40,36 @@ class Row:
         return replace(self, **changes)
 
     @property
+    def worn(self) -> AdapterWeight:
+        """Its weights while it is on. Raises ConfigError, whose sentence names the setting."""
+        text = self.weight if self.text is None else self.text
+        said = {
+            "unet": self.weight,
+            "text_encoder": text,
+            "text_encoder_2": text if self.text_2 is None else self.text_2,
+            "blocks": dict(self.blocks),
+            "curve": self.curve,
+            "half": self.half,
+        }
+        return AdapterWeight.parse(self.name, said)
+
+    @property
     def value(self) -> WeightValue:
-        """As `LivePipeline.set_weights` takes it."""
-        if not self.on:
-            return 0.0
-        return self.weight if self.text is None else {"unet": self.weight, "text_encoder": self.text}
+        """As `LivePipeline.set_weights` takes it: whole, so that a block taken away here is taken away there."""
+        return self.worn if self.on else 0.0
+
+    def wearing(self, weight: AdapterWeight) -> Row:
+        """The row as it is with these weights, and on."""
+        text, text_2 = weight.text_encoder, weight.text_encoder_2
+        return self.changed(
+            weight=weight.unet,
+            text=None if text == text_2 == weight.unet else text,
+            text_2=None if text_2 == text else text_2,
+            blocks=weight.blocks,
+            curve=weight.curve,
+            half=weight.half,
+            on=True,
+        )
 
 
 @dataclass(frozen=True)
@@ -73,6 +106,15 @@ class Form:
         )
 
 
+@dataclass(frozen=True)
+class Fade:
+    """The crossfade on the page: two saved mixes by name, and where between them it stands, 0 to 1."""
+
+    a: str = ""
+    b: str = ""
+    at: float = 0.0
+
+
 @dataclass
 class Wanted:
     base: str = "demo"
@@ -81,16 +123,29 @@ class Wanted:
     fused: bool = False
     auto: bool = False  # fused by itself once the mix has stood still
     solo: str = ""  # the one LoRA that sounds; empty: all do
+    fade: Fade = field(default_factory=Fade)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        rows = [_known(Row, row) for row in data.get("rows", [])]
+        rows = [_row(row) for row in data.get("rows", [])]
         wanted = cls(
             str(data.get("base", "demo")), {r.name: r for r in rows}, _known(Form, data.get("form", {}))
         )
         wanted.auto = data.get("auto") is True
-        wanted.rows = {n: r.changed(triggers=tuple(r.triggers)) for n, r in wanted.rows.items()}
+        wanted.fade = _known(Fade, data.get("fade", {}))
         return wanted
+
+
+def _row(data: dict[str, Any]) -> Row:
+    """JSON has lists for tuples. What `Row.worn` refuses is refused here: before a model is opened with it."""
+    row = _known(Row, data)
+    row = row.changed(
+        triggers=tuple(row.triggers),
+        blocks=tuple((key, weight) for key, weight in row.blocks),
+        curve=tuple((progress, factor) for progress, factor in row.curve),
+    )
+    _ = row.worn
+    return row
 
 
 T = TypeVar("T")
@@ -121,6 +176,7 @@ def write_wanted(path: Path, wanted: Wanted) -> None:
             "rows": [dataclasses.asdict(row) for row in wanted.rows.values()],
             "form": dataclasses.asdict(wanted.form),
             "auto": wanted.auto,
+            "fade": dataclasses.asdict(wanted.fade),
         },
         indent=1,
     )

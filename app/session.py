@@ -15,17 +15,18 @@ from typing import Any
 
 import torch
 
-from app import making, wearing
+from app import making, mixing, wearing
 from app.draft import Draft
 from app.jobs import Job, Worker
 from app.library import Library
 from app.memory import Row, Wanted, read_wanted, write_wanted
+from app.mixes import Mixes
 from app.pictures import Pictures
 from app.plan import Plan, slug
 from app.training import Training
 from lora_core.errors import LoraError, NotLoaded
 from lora_core.generation import GenerationRequest
-from lora_core.mix import AdapterWeight, WeightValue
+from lora_core.mix import AdapterWeight, Mix, WeightValue, known_blocks
 from lora_core.pipeline import LivePipeline
 from lora_core.preview import LatentPreview
 
@@ -37,9 +38,13 @@ class Session:
         self.library, self.pictures, self.training = Library(models), Pictures(outputs), Training(runs)
         self.worker = Worker()
         self.pipe: LivePipeline | None = None
+        self.blocks: list[str] = []  # of its UNet, by name
         self.seal = ""  # the last proof, in words; empty while LoRAs are fused or nothing is open
         self.last_request: GenerationRequest | None = None
         self.said: tuple[int, str] = (0, "")  # a refusal that belongs to no job; the page shows each once
+        self.mixes = Mixes(models / "Mixes")
+        self.put: Mix = {}  # what a whole mix made sound: as long as it does, nothing was set by hand
+        self.before: Mix = {}  # what sounded before it
         self._memory = models / "session.json"
         self.lock = threading.RLock()  # guards `wanted`
         self.wanted: Wanted = read_wanted(self._memory)
@@ -157,6 +162,15 @@ class Session:
     def measure(self) -> Job:
         return self.worker.submit("Measuring the mix", lambda job: making.measure(self, job))
 
+    def normalise(self) -> Job:
+        return self.worker.submit("Bringing the mix down", lambda job: making.normalise(self, job))
+
+    def load_rows(self, names: Sequence[str]) -> Job:
+        """Rows that are wanted and not loaded yet."""
+        return self.worker.submit(
+            f"Loading {', '.join(names)}", lambda job: mixing.load(self, list(names), job)
+        )
+
     def set_auto(self, on: bool) -> None:
         """Whether the mix is fused by itself once it has stood still, and live again when touched."""
         self.wanted.auto = on
@@ -201,31 +215,22 @@ class Session:
             if before is not None:
                 before.pipeline.to(_device())
                 self.pipe = before
-                self._load_rows(before)
+                wearing.load_rows(self, before)
             elif source != "demo":
                 self.wanted.base = "demo"
                 self._open("demo", job)
             raise
         self.pipe, self.wanted.base, self.wanted.fused = pipe, source, False
         pipe.mode = "auto" if self.wanted.auto else "live"
+        self.blocks = known_blocks(pipe.unet_paths)
         self.look = LatentPreview(pipe.pipeline.vae)
-        self._load_rows(pipe)
+        wearing.load_rows(self, pipe)
         self._prove(pipe)
         self.changed()
         aside = [row.name for row in self.rows.values() if row.aside]
         return f"{pipe.base_name} ({pipe.family.title}) is open." + (
             f" Set aside, because they do not fit it: {', '.join(aside)}." if aside else ""
         )
-
-    def _load_rows(self, pipe: LivePipeline) -> None:
-        """Every wanted LoRA that fits; the others stay in the mixer, set aside with the reason."""
-        for name, row in list(self.rows.items()):
-            try:
-                coverage = pipe.load(row.file, name=name, weight=row.value)
-                self.rows[name] = row.changed(aside="", facts=wearing.facts(coverage))
-            except LoraError as problem:
-                self.rows[name] = row.changed(aside=str(problem))
-        self.mix_now()
 
     def _remove(self, names: Sequence[str]) -> str:
         with self.lock:

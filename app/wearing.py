@@ -10,6 +10,7 @@ from app.jobs import Job
 from app.memory import Row
 from lora_core.adapter import Coverage
 from lora_core.errors import FileRefused, LoraError, WrongFamily
+from lora_core.pipeline import LivePipeline
 from lora_core.safe_writes import copy_atomic
 
 if TYPE_CHECKING:
@@ -40,6 +41,28 @@ def wear(session: Session, names: Sequence[str], job: Job) -> str:
     if problems:
         raise LoraError("\n".join([*problems, *said]))
     return "\n".join(said)
+
+
+def load_rows(
+    session: Session, pipe: LivePipeline, names: Sequence[str] | None = None
+) -> tuple[list[str], list[str]]:
+    """The rows of these names, or all, onto the pipeline -> what was loaded, and what was not and why. Those that do
+    not fit stay in the mixer, set aside with the reason."""
+    said, problems = [], []
+    for name, row in list(session.rows.items()):
+        if name in pipe.loaded or (names is not None and name not in names):
+            continue
+        try:
+            coverage = pipe.load(row.file, name=name, weight=row.value)
+            changes = {"aside": "", "facts": facts(coverage)}
+            said.append(f"{name}: {coverage}.")
+        except LoraError as problem:
+            changes = {"aside": str(problem)}
+            problems.append(f"{name}: {problem}")
+        with session.lock:  # its weights may have been moved meanwhile
+            session.rows[name] = session.rows[name].changed(**changes)
+    session.mix_now()
+    return said, problems
 
 
 def drop(session: Session, files: Sequence[tuple[Path, str]], job: Job) -> str:

@@ -1,4 +1,4 @@
-"""What the page asks and says: only what is new is sent, and what is no change of a row is refused with a sentence."""
+"""What the page asks and says: only what is new is sent, and what is no change is refused in a sentence."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from PIL import Image
 
 from app.draft import Draft
 from app.live import Part, pictures_data, routes, rows_data
-from app.memory import Row
+from app.memory import Fade, Row
 from app.session import Session
+from lora_core.mix import AdapterWeight
 
 
 @dataclass
@@ -82,6 +83,71 @@ def test_a_change_of_a_row_arrives_and_is_seen(
     assert app.session.rows["ink"].text is None
 
 
+def test_the_finer_weights_of_a_row_arrive_and_are_seen(app: App) -> None:
+    def row() -> dict[str, Any]:
+        shown: dict[str, Any] = app.client.post("/loom/news", json={}).json()["rows"][1][0]
+        return shown
+
+    for change in ({"block": ["down.1", 0.3]}, {"block": ["mid", 0]}, {"curve": "0:1; 0.5 : 0.2,"}):
+        assert app.client.post("/loom/row", json={"name": "ink", **change}).json() == {}
+    app.client.post("/loom/row", json={"name": "ink", "half": "conditional"})
+    app.client.post("/loom/row", json={"name": "ink", "text": 0.5})
+    assert app.session.rows["ink"].worn == AdapterWeight(
+        1.0, 0.5, 0.5, (("down.1", 0.3), ("mid", 0.0)), ((0.0, 1.0), (0.5, 0.2)), "conditional"
+    )
+    shown = row()
+    assert shown["set"] == ["text 0.5", "down.1 0.3", "mid 0", "curve 0:1, 0.5:0.2", "prompt alone"]
+    assert (shown["curve"], shown["points"]) == ("0:1, 0.5:0.2", [[0, 1], [0.5, 0.2]])
+    lines = {line["name"]: (line["weight"], line["own"]) for line in shown["blocks"]}
+    assert lines == {"down": (1, False), "mid": (0, True), "up": (1, False), "down.1": (0.3, True)}
+    app.client.post("/loom/row", json={"name": "ink", "block": ["down.1", None]})
+    assert dict(app.session.rows["ink"].blocks) == {"mid": 0}
+    app.client.post("/loom/row", json={"name": "ink", "plainly": True})
+    assert app.session.rows["ink"].worn == AdapterWeight()
+    assert row()["set"] == []
+
+
+def test_blocks_stand_in_the_order_of_the_model(app: App) -> None:
+    app.session.blocks = ["down", "down.0", "down.1", "down.10", "mid", "up"]
+    for key in (r"attn2\.to_k", "down.10", "up.res", "down.1.attn"):
+        app.client.post("/loom/row", json={"name": "ink", "block": [key, 0.5]})
+    (row,) = rows_data(app.session)
+    order = ["down", "down.1.attn", "down.10", "mid", "up", "up.res", r"attn2\.to_k"]
+    assert [line["name"] for line in row["blocks"]] == order
+    assert [line["group"] for line in row["blocks"]] == [line in ("down", "mid", "up") for line in order]
+
+
+def test_what_is_done_to_mixes_arrives(app: App) -> None:
+    def post(**said: Any) -> str:
+        answer = app.client.post("/loom/mix", json=said).json()
+        return str(answer.get("problem", ""))
+
+    assert post(name="soft", save=True) == ""
+    app.client.post("/loom/row", json={"name": "ink", "weight": 0.5})
+    assert post(name="", save=True) == ""  # named for its LoRA
+    assert [saved.name for saved in app.session.mixes.all()] == ["ink", "soft"]
+    assert post(name="soft", wear=True) == ""
+    assert app.session.rows["ink"].weight == 1
+    assert post(name="soft", fade=["ink", 0.25]) == ""
+    assert app.session.rows["ink"].weight == 0.875
+    assert app.session.wanted.fade == Fade("soft", "ink", 0.25)
+    assert post(name="ink", choose=["soft", 0.25]) == ""
+    assert app.session.rows["ink"].weight == 0.875
+    assert post(name="soft", remove=True) == ""
+    assert "Did you mean" not in post(name="soft", wear=True)
+    assert post(name="", restore=True) == ""
+    assert post(name="soft", wear=True) == ""
+    for said, words in (
+        ({"name": "soft", "fade": ["ink", 1.5]}, "from 0, the first mix, to 1"),
+        ({"name": "soft", "fade": ["ink", "half"]}, "from 0, the first mix, to 1"),
+        ({"name": "soft", "fade": "ink"}, "The other mix and a place"),
+        ({"name": "sofd", "fade": ["ink", 0.5]}, 'Did you mean "soft"'),
+        ({"name": "soft", "burn": True}, "one of save, wear, before, remove, restore, fade, choose"),
+    ):
+        assert words in post(**said)
+    assert app.session.rows["ink"].weight == 1
+
+
 @pytest.mark.parametrize(
     ("said", "words"),
     [
@@ -89,7 +155,21 @@ def test_a_change_of_a_row_arrives_and_is_seen(
         ({"name": "ink", "weight": True}, "no weight"),
         ({"name": "ink", "weight": None}, "no weight"),
         ({"name": "ink", "weight": 10.5}, "outside -10 to 10"),
-        ({"name": "ink", "file": "/etc/passwd"}, "one of on, weight, text, solo, remove"),
+        (
+            {"name": "ink", "file": "/etc/passwd"},
+            "one of on, weight, text, block, curve, half, plainly, solo, remove",
+        ),
+        ({"name": "ink", "block": "down.1"}, "is no block"),
+        ({"name": "ink", "block": [" ", 1]}, "is no block"),
+        ({"name": "ink", "block": ["down.1", "much"]}, "'much' is no weight"),
+        ({"name": "ink", "block": ["down.1", 11]}, "outside -10 to 10"),
+        ({"name": "ink", "block": ["(", 1]}, "neither a block name nor a regular expression"),
+        ({"name": "ink", "curve": "0-1"}, "“0-1” is no point of a curve: it has no colon"),
+        ({"name": "ink", "curve": "0:1, 0.5:much"}, "“0.5:much” is no point"),
+        ({"name": "ink", "curve": "0.5:1, 0.2:1"}, "must increase"),
+        ({"name": "ink", "curve": "0:1, 2:1"}, "1 is the last"),
+        ({"name": "ink", "curve": "0:nan"}, "not a finite number"),
+        ({"name": "ink", "half": "left"}, "both, conditional"),
         ({"name": "ink", "weight": 1, "on": True}, "one of"),
         ({"weight": 1}, "A name"),
         ({"name": ["ink"], "weight": 1}, "A name"),

@@ -13,6 +13,7 @@ from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
+from app import mixing
 from app.draft import Draft
 from app.host import Host
 from app.page import create_ui
@@ -192,7 +193,7 @@ def test_what_is_dropped_on_train_goes_where_it_belongs_and_a_lora_brings_its_wo
     wait(lambda: set(session.rows) == {"ink"} and not session.worker.view.busy, "the LoRA in the mixer")
 
     page.get_by_role("tab", name="Generate").click()
-    page.get_by_label("Words of ink").click()
+    page.get_by_text("More of ink").click()
     page.get_by_role("button", name="zxq animal", exact=True).click()
     expect(page.locator("#prompt textarea")).to_have_value("a cat on a blue background, zxq animal")
     wait(lambda: session.wanted.form.prompt.endswith(", zxq animal"), "the prompt to be kept")
@@ -275,7 +276,7 @@ def test_what_the_mixer_can_do_besides(
     field.fill("11")  # outside what a weight may be: marked by the browser, and not sent
     page.wait_for_timeout(700)
     assert pipe.weights["ink"] == 2.5
-    page.get_by_label("Words of glow").click()
+    page.get_by_text("More of glow").click()
     page.get_by_role("button", name="Only glow").click()
     wait(lambda: pipe.weights == {"ink": 0.0, "glow": 1.0}, "glow alone")
     page.get_by_role("button", name="Only glow").click()
@@ -396,7 +397,7 @@ def test_a_training_is_found_again_after_a_reload_and_by_another_server(
 def test_nothing_keeps_anybody_out(
     chrome: Browser, app: tuple[Session, Host], seen: Seen, tmp_path: Path, scheme: Literal["light", "dark"]
 ) -> None:
-    """axe, WCAG 2 A and AA, on every tab, with a LoRA in the mixer and pictures in the set: no violation."""
+    """axe, WCAG 2 A and AA, on every tab, with a LoRA and its finer weights, two mixes, and pictures: no violation."""
     session, host = app
     session.drop([(demo_lora(tmp_path / "ink.safetensors", 1), "ink.safetensors")])
     page = chrome.new_page(viewport={"width": 1440, "height": 1000}, color_scheme=scheme)
@@ -404,6 +405,11 @@ def test_nothing_keeps_anybody_out(
     page.goto(host.url)
     expect(page.get_by_role("slider", name="Weight of ink").first).to_be_visible(timeout=60_000)
     page.locator("#more > button").click()
+    page.get_by_text("More of ink").click()
+    for name in ("soft", "softer"):
+        mixing.save(session, name)
+    page.locator("#mixes-more > button").click()
+    expect(page.get_by_role("slider", name="Crossfade from soft to softer")).to_be_visible(timeout=10_000)
     for tab in ("Generate", "Train", "Library"):
         page.get_by_role("tab", name=tab).click()
         if tab == "Train":
