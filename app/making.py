@@ -16,7 +16,7 @@ from lora_core.burn import advice
 from lora_core.contact_sheet import cells_of_loras, cells_of_seeds, rendered, sheet
 from lora_core.errors import LoraError
 from lora_core.generation import GenerationRequest, settled
-from lora_core.mix import AdapterWeight
+from lora_core.mix import AdapterWeight, WeightValue
 from lora_core.pipeline import LivePipeline
 from lora_core.prompt_tags import split_tags
 
@@ -52,14 +52,22 @@ def normalise(session: Session, job: Job) -> str:
     pipe.unfuse()  # what fuses by itself is fused again by itself
     said = pipe.normalise()
     with session.lock:
-        mixing.keep_before(session)
-        weights = pipe.weights
-        for name in mixing.heard(session):
+        before, weights = mixing.heard(session), pipe.weights
+        for name in before:
             if name in weights:
-                session.rows[name] = session.rows[name].wearing(AdapterWeight.parse(name, weights[name]))
+                session.rows[name] = session.rows[name].wearing(_for(pipe, name, weights[name]))
         session.put = mixing.heard(session)
+        if session.put != before:
+            session.before = before
+    session.mix_now()
     session.changed()
     return said
+
+
+def _for(pipe: LivePipeline, name: str, value: WeightValue) -> AdapterWeight:
+    """Where there is no second text encoder, it follows the first: nobody asks for a number that means nothing."""
+    weight = AdapterWeight.parse(name, value)
+    return weight if "text_encoder_2" in pipe.models else replace(weight, text_encoder_2=weight.text_encoder)
 
 
 def generate(session: Session, request: GenerationRequest, job: Job) -> str:

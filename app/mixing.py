@@ -77,11 +77,11 @@ def curve_text(curve: Curve) -> str:
 
 def details(weight: AdapterWeight) -> list[str]:
     """What is set besides the main weight, in words."""
-    texts = [f"{weight.text_encoder:.4g}"]
+    texts = [f"{weight.text_encoder:.3g}"]
     if weight.text_encoder_2 != weight.text_encoder:
-        texts.append(f"{weight.text_encoder_2:.4g}")
+        texts.append(f"{weight.text_encoder_2:.3g}")
     text = [] if weight.text_encoder == weight.text_encoder_2 == weight.unet else [f"text {'/'.join(texts)}"]
-    blocks = [f"{plain(key, 24)} {value:.4g}" for key, value in weight.blocks]
+    blocks = [f"{plain(key, 24)} {value:.3g}" for key, value in weight.blocks]
     if len(blocks) > 3:
         blocks = [*blocks[:2], f"{len(blocks) - 2} more blocks"]
     curve = [f"curve {curve_text(weight.curve)}"] if weight.curve else []
@@ -93,7 +93,7 @@ def in_words(mix: Mix) -> str:
     parts = []
     for name, weight in mix.items():
         more = "; ".join(details(weight))
-        parts.append(f"{plain(name)} {weight.unet:.4g}" + (f" ({more})" if more else ""))
+        parts.append(f"{plain(name)} {weight.unet:.3g}" + (f" ({more})" if more else ""))
     return ", ".join(parts)
 
 

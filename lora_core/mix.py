@@ -187,8 +187,8 @@ def _between(name: str, a: AdapterWeight, b: AdapterWeight, t: float) -> Adapter
         curve, half = heard.curve, heard.half
     elif a.half != b.half:
         raise ConfigError(
-            f'"{name}" acts on half "{a.half}" in one mix and on "{b.half}" in the other, and there is nothing '
-            "between them. Give it the same half in both."
+            f'"{name}" acts on the prompt alone (half "conditional") in one mix and on both halves in the other, and '
+            "there is nothing between them. Give it the same half in both."
         )
     if t in (0, 1):
         return b if t else a

@@ -2,7 +2,7 @@
 (() => {
   const { draw, keyed, make, mine, send, show } = window.loom;
   const CURVES = { Even: '', 'Fade out': '0:1, 0.5:1, 1:0', 'Fade in': '0:0, 0.5:1', 'First half': '0.45:1, 0.55:0', 'Second half': '0.45:0, 0.55:1' };
-  const shown = weight => String(+(+weight).toFixed(4));
+  const shown = weight => String(+(+weight).toFixed(3));
 
   // A slider and a field that are one; `change` gets the number.
   const weighing = (what, label, change) => {

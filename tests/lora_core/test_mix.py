@@ -145,7 +145,7 @@ def test_absent_and_silent_are_the_same() -> None:
 
 @pytest.mark.parametrize("t", [0, 0.5, 1])
 def test_there_is_nothing_between_two_halves(t: float) -> None:
-    with pytest.raises(ConfigError, match='"x" acts on half "both" in one mix'):
+    with pytest.raises(ConfigError, match=r'"x" acts on the prompt alone .* in one mix and on both'):
         crossfade(parsed({"x": 1.0}), parsed({"x": {"half": "conditional"}}), t)
 
 
