@@ -101,6 +101,8 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[tuple[str, Layer]
 def find_saved(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     """-> path -> module, of all that `modules_to_save` trains whole: the modules that own parameters, at or below
     each that it names."""
+    if not config.modules_to_save:
+        return {}
     modules = dict(model.named_modules())
     saved: dict[str, nn.Module] = {}
     for name in as_tuple(config.modules_to_save):

@@ -43,6 +43,16 @@ class Counts:
         return f"{self.trained:,} trained of {self.trained + self.base:,} parameters ({self.share:.2%})"
 
 
+def _size(model: nn.Module) -> int:
+    """Parameters of a model; those of a linear layer by its own figures, since a packed weight (nf4) has fewer."""
+    found: dict[int, int] = {}
+    for module in model.modules():
+        found |= {id(p): p.numel() for p in module.parameters(recurse=False)}
+        if isinstance(module, nn.Linear):
+            found[id(module.weight)] = int(module.in_features) * int(module.out_features)
+    return sum(found.values())
+
+
 def fast_names(layer: TrainableLayer) -> tuple[str, ...]:
     """LoRA+'s: which of the layer's parameters are B, or a vector."""
     own = () if layer.factors is None else layer.factors.fast
@@ -96,7 +106,7 @@ class LoraForm(nn.Module):
 
     def counts(self) -> Counts:
         """How much is trained, and of how much."""
-        total = sum(p.numel() for model in self._models.values() for p in model.parameters())
+        total = sum(_size(model) for model in self._models.values())
         return Counts(sum(p.numel() for p in self.parameters()), total)
 
     @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -50,17 +51,17 @@ class Site:
     def bias(self) -> Tensor | None:
         return stored(self.layer, self.path, "bias") if hasattr(self.layer, "bias") else None
 
-    @property
+    @cached_property
     def rank(self) -> int:
         return self.config.rank_at(self.path)
 
-    @property
+    @cached_property
     def scale(self) -> float:
         """s = alpha/r, or alpha/√r for rsLoRA."""
         alpha = self.config.alpha_at(self.path)
         return algebra.lora_scale(alpha=alpha, rank=self.rank, rank_stabilized=self.config.rank_stabilized)
 
-    @property
+    @cached_property
     def stored_alpha(self) -> float:
         """rsLoRA is stored as alpha·√r: readers that know only alpha/r then compute the same ΔW."""
         alpha = self.config.alpha_at(self.path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lora_core import algebra
 from lora_core.deltas import Delta
@@ -32,8 +33,7 @@ class TrainableLayer(nn.Module):
         super().__init__()
         self.site = site
         self.factors = factors
-        drops = site.config.dropout if factors is not None and factors.drops_out else 0.0
-        self.dropout = nn.Dropout(drops)
+        self.dropout = site.config.dropout if factors is not None and factors.drops_out else 0.0
         self._n0: Tensor | None = None
         self._norm: tuple[tuple[int, ...], Tensor] | None = None
         self.magnitude = self.bias = None
@@ -47,7 +47,8 @@ class TrainableLayer(nn.Module):
     def forward(self, x: Tensor, base_out: Tensor) -> Tensor:
         layer, parts = self.site.layer, []
         if self.factors is not None:
-            change = self.factors.change(self.dropout(x.float()) if x.is_floating_point() else x)
+            x = x.float() if x.is_floating_point() else x
+            change = self.factors.change(F.dropout(x, self.dropout, self.training) if self.dropout else x)
             if self.magnitude is not None:
                 gain = self.magnitude / self._row_norms(self.magnitude.device)
                 gain = _along_outputs(gain, layer, base_out)
