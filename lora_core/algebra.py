@@ -107,6 +107,15 @@ def svd_of_product(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return vh @ right.T, left @ (u * values), values
 
 
+def difference(down: Tensor, up: Tensor, down0: Tensor, up0: Tensor) -> tuple[Tensor, Tensor]:
+    """B A - B0 A0 of rank r as factors of rank 2r: [B - B0, B] [A0; A - A0].
+
+    Equal to [B, -B0] [A; A0], whose products cancel: stored in fp16, that loses a small difference in the rounding of
+    the large B A. Shapes as in low_rank.
+    """
+    return torch.cat([down0, down - down0]), torch.cat([up - up0, up], dim=1)
+
+
 def row_norms_squared(weight: Tensor) -> Tensor:
     """n0 = rowsum(W^2), (out,)."""
     return flat(weight).square().sum(1)

@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from lora_core.errors import ConfigError, did_you_mean
+from lora_core.init_names import FROM_BASE, is_from_base
 
 _Value = TypeVar("_Value", int, float)
 
 KINDS = ("lora", "loha", "lokr")
 VARIANTS = ("lora", "dora")
-INITS = ("gaussian", "kaiming", "random")
+INITS = ("gaussian", "kaiming", "random", *FROM_BASE)
+# PEFT's, made from what goes through a language model while it is trained or read
+FOREIGN_INITS = ("eva", "corda", "lora_ga", "orthogonal", "mica")
 BIASES = ("none", "all", "lora_only")
 # LoHa and LoKr have one beginning of their own, which the default stands for
 _OWN_INITS = ("gaussian", "random")
@@ -44,6 +47,9 @@ class LoraConfig:
     bias               which biases are trained as well: "none", "lora_only" (of the layers with a LoRA), "all"
     init               "gaussian" (A ~ N(0, 1/r), B = 0), "kaiming" (PEFT's default), "random" (not the identity); with
                        LoHa and LoKr the default is LyCORIS' beginning. An embedding begins with A = 0, B ~ N(0, 1)
+                       taken from the base's weights, files are of twice the rank and for the ORIGINAL base:
+                       "pissa", "pissa_niter_k" (k as 4 or 16: the faster SVD), "olora", "loftq" (a quantised base)
+    loftq_iterations   turns of quantising and SVD of "loftq"
     rank_stabilized    alpha/sqrt(rank) instead of alpha/rank (arXiv 2312.03732)
     rank_pattern, alpha_pattern   path suffix or regular expression -> value, as PEFT
     """
@@ -62,13 +68,20 @@ class LoraConfig:
     modules_to_save: str | tuple[str, ...] = ()
     bias: str = "none"
     init: str = "gaussian"
+    loftq_iterations: int = 1
     rank_stabilized: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, known in (("kind", KINDS), ("variant", VARIANTS), ("init", INITS), ("bias", BIASES)):
-            if (value := getattr(self, name)) not in known:
+            value = getattr(self, name)
+            if name == "init" and value in FOREIGN_INITS:
+                raise ConfigError(
+                    f'init = "{value}" is one of PEFT\'s for language models, and is not offered here. Use "pissa", '
+                    'which begins from the base\'s own weights, or "gaussian".'
+                )
+            if value not in known and not (name == "init" and is_from_base(value)):
                 raise ConfigError(f'{name} = "{value}" is unknown.{did_you_mean(str(value), known)}')
         self._check_numbers()
         self._check_kind()
@@ -96,6 +109,14 @@ class LoraConfig:
             )
 
     def _check_kind(self) -> None:
+        if self.loftq_iterations < 1:
+            raise ConfigError(
+                f"loftq_iterations = {self.loftq_iterations} must be at least 1; 1 to 5 are usual."
+            )
+        if self.loftq_iterations != 1 and self.init != "loftq":
+            raise ConfigError(
+                f'loftq_iterations = {self.loftq_iterations} is about init = "loftq": leave it out, or set that.'
+            )
         if self.kind != "lokr" and (self.factor != -1 or self.decompose_both):
             name, value = ("factor", self.factor) if self.factor != -1 else ("decompose_both", "true")
             raise ConfigError(

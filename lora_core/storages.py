@@ -195,6 +195,17 @@ def dequantised(layer: nn.Module, weight: Tensor | None = None) -> Tensor:
     return own.detach().float() if storage is None else storage.dense(layer, own)
 
 
+def rounded(layer: nn.Module, weight: Tensor) -> Tensor:
+    """What a quantised layer would make of `weight` (out, in[, k, k]), fp32; the layer stays as it is."""
+    storage = storage_of(layer)
+    assert storage is not None
+    undo = storage.put(layer, weight)
+    try:
+        return dequantised(layer)
+    finally:
+        undo()
+
+
 def refuse_lost(layer: nn.Module, path: str) -> None:
     """LoraError for a packed layer that has been offloaded by itself: bitsandbytes cannot compute with it then."""
     weight = getattr(layer, "weight", None)

@@ -7,9 +7,10 @@ frozen layers were tried: they turned fp8 or meta behind one's back.)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch.utils.hooks import RemovableHandle
 from lora_core.adapter import Adapter, file_path
 from lora_core.config import LoraConfig
 from lora_core.errors import ConfigError, LoraError
+from lora_core.quantised import count_weights
+from lora_core.storages import Undo
 from lora_core.targets import Choice, choose
 from lora_core.targets_checked import check_plan
 from lora_core.trainable import Factors, Site
@@ -41,16 +44,6 @@ class Counts:
 
     def __str__(self) -> str:
         return f"{self.trained:,} trained of {self.trained + self.base:,} parameters ({self.share:.2%})"
-
-
-def _size(model: nn.Module) -> int:
-    """Parameters of a model; those of a linear layer by its own figures, since a packed weight (nf4) has fewer."""
-    found: dict[int, int] = {}
-    for module in model.modules():
-        found |= {id(p): p.numel() for p in module.parameters(recurse=False)}
-        if isinstance(module, nn.Linear):
-            found[id(module.weight)] = int(module.in_features) * int(module.out_features)
-    return sum(found.values())
 
 
 def fast_names(layer: TrainableLayer) -> tuple[str, ...]:
@@ -76,6 +69,7 @@ class LoraForm(nn.Module):
         self._handles: list[RemovableHandle] = []
         self._frozen: list[nn.Parameter] = []  # base parameters that were trainable before attach
         self._models: dict[str, nn.Module] = {}
+        self._undo: list[Undo] = []  # where a quantised base was given other weights to keep
 
     def parameter_groups(
         self, learning_rate: float | Mapping[str, float], *, ratio: float = 1.0
@@ -106,7 +100,7 @@ class LoraForm(nn.Module):
 
     def counts(self) -> Counts:
         """How much is trained, and of how much."""
-        total = sum(_size(model) for model in self._models.values())
+        total = sum(count_weights(model) for model in self._models.values())
         return Counts(sum(p.numel() for p in self.parameters()), total)
 
     @contextmanager
@@ -126,6 +120,7 @@ class LoraForm(nn.Module):
 
 
 Models = nn.Module | Mapping[str, nn.Module]
+Originals = Callable[[str, str], Tensor]  # component, parameter name -> W0
 
 
 def by_name(models: Models) -> dict[str, nn.Module]:
@@ -142,23 +137,37 @@ def attach(
     *,
     start: Adapter | None = None,
     generator: torch.Generator | None = None,
+    originals: Originals | None = None,
+    norm_device: torch.device | str | None = None,
 ) -> LoraForm:
     """Freeze `models` (a module, or component -> module) and give what `config` names its trainable fp32 form.
 
     `config` may differ by component. `start` is an adapter to begin from; it must name exactly the layers that
     are trained. Raises NothingMatched for names and patterns that nothing answers to, ConfigError for what does not
     go together, such as a rank larger than a layer's. On any error the models are left as they were.
+
+    `originals(component, parameter name)` gives W0 of a quantised base, for beginnings that are taken from it
+    (OpenedBase.original). `norm_device`: where DoRA's norms are computed when the weights lie elsewhere, such as "cuda"
+    for a model on the CPU (PEFT's ephemeral_gpu_offload); weights travel there one layer at a time.
     """
     form, parts = LoraForm(), by_name(models)
     configs = dict(config) if isinstance(config, Mapping) else dict.fromkeys(parts, config)
     plan = {component: choose(model, configs[component]) for component, model in parts.items()}
     check_plan(plan, configs, parts)
-    for component, choices in plan.items():
-        for choice in choices:
-            form.paths.append(file_path(component, choice.path))
-            form.layers.append(trainable(choice, configs[component], generator))
-    if start is not None:
-        _start_from(form, start)
+    where = None if norm_device is None else torch.empty(0, device=norm_device).device  # with its number
+    try:
+        for component, choices in plan.items():
+            checkpoint = None if originals is None else partial(originals, component)
+            for choice in choices:
+                config_here = configs[component]
+                site = Site(choice.layer, choice.path, config_here, generator, checkpoint, form._undo, where)
+                form.paths.append(file_path(component, choice.path))
+                form.layers.append(trainable(choice, site))
+        if start is not None:
+            _start_from(form, start)
+    except BaseException:
+        _take_back(form)
+        raise
     for layer in form.layers:
         assert isinstance(layer, TrainableLayer)
         form._hook(layer, layer.site.layer)
@@ -169,15 +178,19 @@ def attach(
     return form
 
 
-def trainable(choice: Choice, config: LoraConfig, generator: torch.Generator | None) -> TrainableLayer:
+def _take_back(form: LoraForm) -> None:
+    while form._undo:
+        form._undo.pop()()
+
+
+def trainable(choice: Choice, site: Site) -> TrainableLayer:
     """What is trained about one module of the base, at its beginning."""
-    site = Site(choice.layer, choice.path, config, generator)
     factors: Factors | None = None
     if choice.factors:
         factors = factors_for(site)
     elif choice.whole:
         factors = TrainableFull(site)
-    magnitude = choice.factors and config.variant == "dora"
+    magnitude = choice.factors and site.config.variant == "dora"
     return TrainableLayer(site, factors, magnitude=magnitude, bias=choice.bias)
 
 
@@ -211,11 +224,13 @@ def collect(
 
 
 def detach(form: LoraForm) -> None:
-    """The models are again what they were before `attach`: no hook, the same `requires_grad`."""
+    """The models are again what they were before `attach`: no hook, the same `requires_grad`, every weight bit for
+    bit."""
     if not form._models:
         raise LoraError("This LoRA is not attached to a model: it was detached before.")
     for handle in form._handles:
         handle.remove()
     for p in form._frozen:
         p.requires_grad_(True)
+    _take_back(form)
     form._handles, form._frozen, form._models = [], [], {}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from lora_core import algebra
 from lora_core.config import LoraConfig
 from lora_core.deltas import Delta
+from lora_core.errors import ConfigError
+from lora_core.storages import Undo, rounded, storage_of
 from lora_core.worn import Place, original_weight, stored, weight_shape
 
 
@@ -28,6 +31,9 @@ class Site:
     path: str
     config: LoraConfig
     generator: torch.Generator | None = None
+    checkpoint: Callable[[str], Tensor] | None = None  # parameter name -> W0 before it was quantised
+    undo: list[Undo] = field(default_factory=list)  # what takes back what `keep` has changed
+    norm_device: torch.device | None = None
 
     @property
     def is_embedding(self) -> bool:
@@ -47,6 +53,38 @@ class Site:
         """W, wherever and however it is kept: the one place through which training reads a base weight."""
         weight = original_weight(self.layer, self.path)
         return weight.T if self.is_embedding else weight
+
+    @property
+    def is_quantised(self) -> bool:
+        return storage_of(self.layer) is not None
+
+    def unrounded(self) -> Tensor:
+        """W as it was before a quantised base was quantised, from the checkpoint; without one, as the layer has it."""
+        if self.checkpoint is None or not self.is_quantised:
+            return self.original()
+        return self.checkpoint(f"{self.path}.weight")
+
+    def keep(self, weight: Tensor) -> None:
+        """A quantised layer keeps `weight` from now on, rounded; `undo` has the way back."""
+        storage = storage_of(self.layer)
+        assert storage is not None
+        self.undo.append(storage.put(self.layer, weight))
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """What this quantised layer would make of `weight`, fp32."""
+        return rounded(self.layer, weight)
+
+    def refuse_loftq(self) -> None:
+        if not self.is_quantised:
+            raise ConfigError(
+                f'init = "loftq" makes up for what quantising loses, and {self.path} is not quantised. Open the base '
+                'with quantize = "nf4" or "int8", name the layer in exclude, or use init = "pissa".'
+            )
+        if self.checkpoint is None:
+            raise ConfigError(
+                'init = "loftq" compares with the weights as they were before quantising. Give `originals`, such as '
+                "OpenedBase.original."
+            )
 
     def bias(self) -> Tensor | None:
         return stored(self.layer, self.path, "bias") if hasattr(self.layer, "bias") else None

@@ -7,9 +7,11 @@ from lora_core.trainable import Factors, Site
 from lora_core.trainable.hadamard import TrainableHadamard
 from lora_core.trainable.kronecker import TrainableKronecker
 from lora_core.trainable.low_rank import TrainableEmbedding, TrainableLowRank
+from lora_core.trainable.residual import TrainableResidual
 
 KINDS: tuple[type[Factors], ...] = (
     TrainableEmbedding,
+    TrainableResidual,  # before plain LoRA, of which it is a special case
     TrainableLowRank,
     TrainableHadamard,
     TrainableKronecker,

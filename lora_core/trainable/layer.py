@@ -53,8 +53,8 @@ class TrainableLayer(nn.Module):
                 gain = self.magnitude / self._row_norms(self.magnitude.device)
                 gain = _along_outputs(gain, layer, base_out)
                 bias = self.site.bias()
-                if bias is not None:
-                    bias = _along_outputs(bias.to(base_out.device), layer, base_out)
+                if bias is not None:  # in fp8 where the layer is cast between calls
+                    bias = _along_outputs(bias.to(base_out.device, base_out.dtype), layer, base_out)
                 plain = base_out if bias is None else base_out - bias
                 change = (gain - 1) * plain + gain * change
             parts.append(change)
@@ -63,15 +63,29 @@ class TrainableLayer(nn.Module):
         return base_out + sum(parts[1:], parts[0]).to(base_out.dtype)
 
     @torch.no_grad()
+    def follow_magnitude(self) -> None:
+        """After the factors were begun anew: m = |W + ΔW|, so that g is 1."""
+        if self.magnitude is not None:
+            self.magnitude.copy_(self._row_norms(self.magnitude.device))
+
+    @torch.no_grad()
     def _row_norms(self, device: torch.device) -> Tensor:
         """|W + ΔW| per output, recomputed only after an optimizer step has touched the factors."""
         assert self.factors is not None
         versions = tuple(p._version for p in self.factors.parameters())
         if self._norm is None or self._norm[0] != versions or self._norm[1].device != device:
-            weight = self.site.original().to(device)
-            if self._n0 is None or self._n0.device != device:
+            where = self.site.norm_device or device
+            weight = self.site.original().to(where)
+            if self._n0 is None or self._n0.device != where:
                 self._n0 = algebra.row_norms_squared(weight)
-            self._norm = (versions, self.factors.row_norms(weight, self._n0))
+            try:
+                if where != device:
+                    self.factors.to(where)  # the same parameters, for a moment elsewhere
+                norm = self.factors.row_norms(weight, self._n0)
+            finally:
+                if where != device:
+                    self.factors.to(device)
+            self._norm = (versions, norm.to(device))
         return self._norm[1]
 
     def collect(self) -> Delta:
