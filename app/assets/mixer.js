@@ -27,7 +27,10 @@
     show(e.querySelector(`.${what}-number`), 'value', shown(weight));
   };
   const letGo = e => e.querySelectorAll('input').forEach(i => { i.dataset.mine = 0; });  // the server's word counts at once
-  const back = (label, press) => make('button', { class: 'back', 'aria-label': label, title: label, onclick: press });
+  const back = (label, press) => make('button', { class: 'back', 'aria-label': label, title: label, onclick: e => {
+    e.currentTarget.parentElement.querySelector('input').focus();  // the button goes: whoever came by keyboard stays here
+    press();
+  } });
 
   // --- its words, into the prompt and out of it ---------------------------------------------------------------------
   const promptField = () => document.querySelector('#prompt textarea');

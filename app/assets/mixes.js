@@ -56,7 +56,7 @@
     const list = make('div', { class: 'saved' }), fade = make('div', { class: 'part', hidden: true });
     const hint = make('p', { class: 'hint' });
     const line = (words, label, body) => make('p', { class: 'again', hidden: true }, make('span', {}),
-      make('button', { class: 'plain', onclick: () => send('mix', 'mix', body) }, label));
+      make('button', { class: 'plain', onclick: () => { field.focus(); send('mix', 'mix', body); } }, label));  // the line goes
     const before = line('', 'Back to it', { name: '', before: true }), deleted = line('', 'Bring it back', { name: '', restore: true });
     box.append(make('div', { class: 'save-line' }, field, button), list, before, deleted, fade, hint);
     createFade(fade);

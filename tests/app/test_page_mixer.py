@@ -194,7 +194,8 @@ def test_blocks_curve_and_half_reach_the_picture(mixer: Mixer) -> None:
     wait(lambda: len(session.pictures.newest()) > before and not session.worker.view.busy, "a picture", 120)
     assert parse_parameters(session.pictures.settings(0))["loras"] == {"ink": worn, "glow": 1.0}
 
-    mixer.press("ink follows its main weight in up")
+    page.get_by_role("button", name="ink follows its main weight in up").press("Enter")
+    expect(slider).to_be_focused()
     mixer.press("Take block down.1 of ink out")
     expect(page.get_by_role("slider", name="Block down.1 of ink")).to_have_count(0, timeout=10_000)
     mixer.press("Fade out: curve of ink")
