@@ -2,11 +2,13 @@
 
 Symbols: W (out, in) or (out, in, k, k) original weight; A (r, in[, k, k]) down; B (out, r[, 1, 1]) up;
 s = alpha/r; V = W + s B A; m the DoRA magnitude. LoRA arXiv 2106.09685, rsLoRA 2312.03732, DoRA 2402.09353,
-LoHa 2108.06098, LoKr 2309.14859.
+LoHa 2108.06098, LoKr 2309.14859, (IA)³ 2205.05638, GLoRA 2306.07967, OFT 2306.07280, BOFT 2311.06243.
 Results are fp32 whatever the inputs are in.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,8 +22,8 @@ def lora_scale(*, alpha: float, rank: int, rank_stabilized: bool = False) -> flo
 
 
 def flat(weight: Tensor) -> Tensor:
-    """(out, in, k, k) -> fp32 (out, in*k*k); a matrix stays one."""
-    return weight.float().flatten(1)
+    """(out, in, k, k) -> fp32 (out, in*k*k); a matrix stays one, and a norm's (out,) becomes a column."""
+    return weight.float().flatten(1) if weight.dim() > 1 else weight.float()[:, None]
 
 
 def low_rank(down: Tensor, up: Tensor, mid: Tensor | None = None, *, scale: float) -> Tensor:
@@ -79,6 +81,78 @@ def kronecker(left: Tensor, right: Tensor, *, scale: float) -> Tensor:
     """LoKr: s kron(left (out1, in1), right (out2, in2[, k, k])) -> (out1 out2, in1 in2[, k, k])."""
     spread = left.float().reshape(*left.shape, *[1] * (right.dim() - 2))
     return scale * torch.kron(spread, right.float().contiguous())
+
+
+def channel_scale(weight: Tensor, vector: Tensor, *, on_input: bool) -> Tensor:
+    """(IA)³: W' - W with W' = W (1 + v) -> W times v (n,) along the inputs or the outputs. Shape of W."""
+    spread = [1] * weight.dim()
+    spread[1 if on_input else 0] = -1
+    scaled: Tensor = weight.float() * vector.float().reshape(spread)
+    return scaled
+
+
+def glora_factors(
+    weight: Tensor, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """GLoRA: dW = s (W x a1 a2 + b1 b2) as down (R, in[, k, k]) and up (out, R), the scale folded into `up`.
+
+    a = (a1 (in, r), a2 (r, in)) acts on W's inputs, b = (b1 (out, r), b2 (r, in[, k, k])) beside W. W a1 is a thin
+    matrix, for a kernel one for each of its k*k places: R = r k k + r. Exact.
+    """
+    (a1, a2), (b1, b2) = a, b
+    places = weight[0, 0].numel()  # k*k
+    thin = torch.einsum("oi...,ir->or...", weight.float(), flat(a1)).flatten(1)  # (out, r*k*k)
+    at = torch.eye(places, device=weight.device).reshape(places, 1, places)
+    spread = (flat(a2)[:, None, :, None] * at[None]).reshape(-1, *weight.shape[1:])  # (r*k*k, in[, k, k])
+    down = torch.cat([spread, b2.float().reshape(-1, *weight.shape[1:])])
+    return down, scale * torch.cat([thin, flat(b1)], dim=1)
+
+
+def glora(weight: Tensor, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], *, scale: float) -> Tensor:
+    """The same as dW, of W's shape: for large r k k the shorter way."""
+    (a1, a2), (b1, b2) = a, b
+    acted: Tensor = torch.einsum("oi...,ij->oj...", weight.float(), flat(a1) @ flat(a2))
+    beside = (flat(b1) @ flat(b2)).reshape(weight.shape)
+    return scale * (acted + beside)
+
+
+def cayley_change(blocks: Tensor, *, limit: float) -> Tensor:
+    """R - I for the rotation R = (I + Q) (I - Q)^-1 of each skew-symmetric Q = B - Bᵀ; blocks B (..., n, n).
+
+    As 2 Q (I - Q)^-1, which keeps the digits of a small Q. `limit` above 0 holds |Q|, over all blocks together,
+    within it (COFT); 0 is no limit.
+    """
+    skew = blocks.float() - blocks.float().transpose(-1, -2)
+    norm = torch.linalg.vector_norm(skew) + 1e-8
+    if limit > 0 and bool(norm > limit):
+        skew = skew * (limit / norm)
+    eye = torch.eye(skew.shape[-1], device=skew.device)
+    change: Tensor = torch.linalg.solve(eye - skew, 2 * skew, left=False)
+    return change
+
+
+def butterfly_order(out: int, reach: int) -> Tensor:
+    """Which rows come together in a stage of BOFT: those `reach` apart, in runs of 2 reach -> (out,) indices."""
+    return torch.arange(out).view(-1, 2, reach).transpose(1, 2).reshape(-1)
+
+
+def turned(
+    y: Tensor, stages: Sequence[tuple[Tensor, Tensor | None]], rescale: Tensor | None = None
+) -> Tensor:
+    """OFT, BOFT: g R y - y for R = R_m ... R_1, each block-diagonal in an order of its own. y (out, n) -> (out, n).
+
+    stages: (R_i - I as blocks (k, b, b), order (out,) or None for the rows as they stand); g `rescale` (out,).
+    The difference itself is carried along: y, which is much larger, would round it away.
+    """
+    change = torch.zeros_like(y)
+    for blocks, order in stages:
+        rows = y + change
+        rows = rows if order is None else rows[order]
+        moved = torch.bmm(blocks, rows.reshape(len(blocks), blocks.shape[-1], -1)).reshape(y.shape)
+        change = change + (moved if order is None else torch.empty_like(moved).index_copy(0, order, moved))
+    if rescale is None:
+        return change
+    return rescale[:, None] * change + (rescale[:, None] - 1) * y
 
 
 def gram_inner(down1: Tensor, up1: Tensor, down2: Tensor, up2: Tensor) -> Tensor:

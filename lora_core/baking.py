@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.adapter import COMPONENTS, Adapter, Coverage, file_path, resolve, weight_of
-from lora_core.base_weights import fold
+from lora_core.base_weights import bias_of, fold, fold_bias
 from lora_core.deltas import Delta
 from lora_core.deltas.bias import WithBias
 from lora_core.errors import ConfigError, FileRefused, LoraError, NotFinite, SaveFailed
@@ -122,8 +122,10 @@ class _Fused:
                 f'None of the {len(adapter.deltas)} layers of "{name}" exist in {self.weights.name}: nothing was '
                 "written."
             )
-        for path in found:
+        for path, layer in found.items():
             if weight.at(path):
+                if isinstance(adapter.deltas[path], WithBias):
+                    bias_of(layer, path)  # refused where there is none
                 self.changes.setdefault(path, []).append((weight.at(path), adapter.deltas[path]))
         self.unused += Coverage.of(adapter, found).unused
         hashes = {k: adapter.metadata[k] for k in ("sshs_model_hash",) if k in adapter.metadata}
@@ -163,9 +165,8 @@ class _Fused:
             return _fused_weight(self.layers[path], path, weighted, dtype)
         tensor = self.weights.read(component, name)
         if kind == "bias":
-            for weight, delta in weighted:
-                if isinstance(delta, WithBias):
-                    tensor = tensor.float() + weight * delta.bias.to(tensor.device).float()
+            changes = [(w, delta.bias) for w, delta in weighted if isinstance(delta, WithBias)]
+            return fold_bias(torch.empty_like(tensor, dtype=dtype), tensor, changes)
         return tensor.to(dtype)
 
 

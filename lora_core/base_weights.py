@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lora_core import algebra, quantised
 from lora_core.adapter import weight_of
 from lora_core.deltas import Delta
+from lora_core.deltas.bias import WithBias
 from lora_core.errors import LoraError
 from lora_core.storages import storage_of
 from lora_core.worn import Worn, wear
@@ -64,8 +65,10 @@ class BaseWeights:
         self.keep: Keep = "auto"
         self.kept: Keep | None = None  # while fused: where W0 is
         self.fused = False
-        self._layers: dict[str, nn.Module] = {}  # the fused ones, by adapter path
-        self._originals: dict[str, Tensor] = {}  # their W0, unless it is in the checkpoint alone
+        self._written: list[tuple[nn.Module, str]] = []  # layer, and its "weight" or "bias"
+        self._originals: list[
+            Tensor
+        ] = []  # as they were, in the same order, unless the checkpoint alone has them
         self._checkpoint = checkpoint
         # a model that came from no file is compared with what it was when it was given
         self._digests = {} if checkpoint else self._digests_now()
@@ -74,29 +77,37 @@ class BaseWeights:
     def fuse(
         self, layers: Mapping[str, nn.Module], changes: Mapping[str, Sequence[tuple[float, Delta]]]
     ) -> str:
-        """Write W0 + sum w ΔW into each layer of `changes` -> a sentence about it. What was fused is restored first.
+        """Write W0 + sum w ΔW into each layer of `changes`, and the changes of biases into these -> a sentence about
+        it. What was fused is restored first.
 
         Raises LoraError, before anything is written, for a layer that cannot be fused. On any later error every
         layer is restored.
         """
         self.restore()
-        for path in changes:
-            refuse_unfusable(path, weight_of(layers[path]))
-        self.kept = self._place([weight_of(layers[path]) for path in changes])
+        written = {path: _written(path, layers[path], weighted) for path, weighted in changes.items()}
+        flat = [tensor for own in written.values() for tensor in own.values()]
+        self.kept = self._place(flat)
         try:
-            for path, weighted in changes.items():
-                layer, weight = layers[path], weight_of(layers[path])
-                w0 = weight.detach().clone()
+            for path, own in written.items():
+                before = {name: tensor.detach().clone() for name, tensor in own.items()}
                 if self.kept != "checkpoint":
-                    self._originals[path] = w0 if self.kept == "device" else to_host(w0)
-                self._layers[path] = layer
-                worn = [(w, wear("", delta, layer, path, w0)) for w, delta in weighted if w != 0]
-                fold(weight, w0, worn)
+                    self._originals += [t if self.kept == "device" else to_host(t) for t in before.values()]
+                self._written += [(layers[path], name) for name in own]
+                worn = [
+                    (w, wear("", delta, layers[path], path, before.get("weight")))
+                    for w, delta in changes[path]
+                    if w != 0
+                ]
+                if "weight" in own:
+                    fold(own["weight"], before["weight"], worn)
+                if "bias" in own:
+                    biases = [(w, one.bias) for w, one in worn if one.bias is not None]
+                    fold_bias(own["bias"], before["bias"], biases)
         except BaseException:
             self.restore()
             raise
         self.fused = bool(changes)
-        size = sum(weight_of(layers[p]).numel() * weight_of(layers[p]).element_size() for p in changes)
+        size = sum(t.numel() * t.element_size() for t in flat)
         return (
             f"{len(changes)} layers fused; the original weights ({size / 1e9:.2f} GB) are {_WHERE[self.kept]}"
         )
@@ -120,12 +131,14 @@ class BaseWeights:
     @torch.no_grad()
     def restore(self) -> None:
         """Copy every W0 back, into the same storage."""
+        written: list[Tensor] = [getattr(layer, name) for layer, name in self._written]
         if self.kept == "checkpoint":
-            self._restore_from_checkpoint({id(weight_of(layer)) for layer in self._layers.values()})
+            self._restore_from_checkpoint({id(tensor) for tensor in written})
         else:
-            for path, w0 in self._originals.items():
-                weight_of(self._layers[path]).copy_(w0)
-        self._layers, self._originals, self.kept, self.fused = {}, {}, None, False
+            # an error may have come between a copy and the note of what it is a copy of
+            for tensor, before in zip(written, self._originals, strict=False):
+                tensor.copy_(before)
+        self._written, self._originals, self.kept, self.fused = [], [], None, False
 
     @torch.no_grad()
     def heal(self) -> BaseReport:
@@ -213,20 +226,51 @@ def fold(target: Tensor, w0: Tensor, worn: Sequence[tuple[float, Worn]]) -> None
     """target = round(fp32(W0) + sum w ΔW), in place, a few rows at a time; target may be fp32 to see the exact sum."""
     down = torch.cat([algebra.flat(one.down) for _, one in worn]) if worn else None  # (R, in*k*k)
     up = torch.cat([w * one.up.float() for w, one in worn], dim=1) if worn else None  # (out, R)
-    flat_w0, flat_target = w0.flatten(1), target.detach().view(len(target), -1)
+    flat_w0, flat_target = w0.reshape(len(w0), -1), target.detach().view(len(target), -1)
     step = max(1, CHUNK // flat_w0.shape[1])
     scratch = torch.empty(min(step, len(flat_w0)), flat_w0.shape[1], device=w0.device)
-    many = any(one.extras for _, one in worn)
     for start in range(0, len(flat_w0), step):
         rows = slice(start, min(start + step, len(flat_w0)))
         total = scratch[: rows.stop - rows.start].copy_(flat_w0[rows])
-        original = total.clone() if many else total  # what extras are computed from
         if down is not None and up is not None:
             total.addmm_(up[rows], down)
         for weight, one in worn:
             for extra in one.extras:
-                total += weight * extra.delta(rows, original)
+                total += weight * extra.delta(rows, flat_w0)
         flat_target[rows].copy_(total)
+
+
+def fold_bias(target: Tensor, before: Tensor, changes: Sequence[tuple[float, Tensor]]) -> Tensor:
+    """target = round(fp32(b) + sum w Δb), in place -> target."""
+    total = before.float()
+    for weight, change in changes:
+        total = total + weight * change.to(before.device).float()
+    return target.detach().copy_(total)
+
+
+def _written(path: str, layer: nn.Module, weighted: Sequence[tuple[float, Delta]]) -> dict[str, Tensor]:
+    """The layer's "weight", "bias" or both: what these changes write to. LoraError where that cannot be."""
+    acting = [delta for w, delta in weighted if w != 0]
+    own: dict[str, Tensor] = {}
+    if any(not isinstance(delta, WithBias) or delta.inner is not None for delta in acting):
+        own["weight"] = weight_of(layer)
+    if any(isinstance(delta, WithBias) for delta in acting):
+        own["bias"] = bias_of(layer, path)
+    for tensor in own.values():
+        refuse_unfusable(path, tensor)
+    return own
+
+
+def bias_of(layer: nn.Module, path: str) -> Tensor:
+    """What a change of the bias is folded into. LoraError for a layer that has none."""
+    bias = layer.bias
+    if bias is None:  # one made for it would be a parameter that the model did not have
+        raise LoraError(
+            f"A LoRA changes the bias of {path}, which has none in this model: such a layer cannot be fused. Leave the "
+            "LoRAs live; the picture is the same."
+        )
+    assert isinstance(bias, Tensor)
+    return bias
 
 
 def refuse_unfusable(path: str, weight: Tensor) -> None:

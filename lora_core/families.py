@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +9,11 @@ from typing import Any
 from torch import nn
 
 from lora_core.adapter import Adapter, resolve
+from lora_core.deltas.bias import WithBias
+from lora_core.deltas.shapes import compatible as compatible
 from lora_core.errors import WrongFamily
 from lora_core.storages import dense_shape
+from lora_core.worn import WEARERS
 
 
 @dataclass(frozen=True)
@@ -125,13 +127,24 @@ def check_belongs(adapter: Adapter, models: Mapping[str, nn.Module], family: Fam
             f"This is an {title} LoRA; the model is {family.title}. Load it on an {title} model."
         )
     for path, layer in resolve(shapes, dict(models)).items():
+        delta = adapter.deltas[path]
         if not isinstance(getattr(layer, "weight", None), nn.Parameter):
             raise WrongFamily(
                 f"{path} of this LoRA is a {type(layer).__name__} in this model, which has no weight to "
                 "change. Load it on the model it was trained on."
             )
+        if not isinstance(layer, WEARERS):
+            raise WrongFamily(
+                f"{path} of this LoRA is a {type(layer).__name__} in this model, and only "
+                f"{', '.join(kind.__name__ for kind in WEARERS)} layers can wear one. Load it on the model it was "
+                "trained on."
+            )
+        if isinstance(delta, WithBias) and isinstance(layer, nn.Embedding):
+            raise WrongFamily(
+                f"{path} of this LoRA changes a bias, and an embedding has none. Download it again."
+            )
         expected = dense_shape(layer)
-        if not (compatible(shapes[path], expected) or _flattened(expected) == shapes[path]):
+        if not delta.fits(expected):
             why = "of other sizes" if own else f"of another kind than this {family.title} one"
             raise WrongFamily(
                 f"{path} of this LoRA changes a weight of {by(shapes[path])}, in this model it has "
@@ -139,22 +152,6 @@ def check_belongs(adapter: Adapter, models: Mapping[str, nn.Module], family: Fam
             )
 
 
-def compatible(found: Iterable[int], expected: Iterable[int]) -> bool:
-    """Whether a change of shape `found` fits a weight of shape `expected`. A linear layer and a 1x1
-    convolution of the same width are the same matrix."""
-    return _matrix(found) == _matrix(expected)
-
-
-def _flattened(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """(out, in, k, k) -> (out, in*k*k): all that the factors of a LoHa or LoKr convolution may tell."""
-    return (*shape[:1], math.prod(shape[1:]))
-
-
-def _matrix(shape: Iterable[int]) -> tuple[int, ...]:
-    shape = tuple(shape)
-    return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
-
-
 def by(shape: Iterable[Any]) -> str:
-    """(320, 768) -> "320 x 768"."""
-    return " x ".join(str(n) for n in shape)
+    """(320, 768) -> "320 x 768"; -1, a side that is not told, is a question mark."""
+    return " x ".join("?" if n == -1 else str(n) for n in shape)

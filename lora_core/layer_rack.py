@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from lora_core.worn import Place, Worn, through, weight_shape
+from lora_core.terms import Shift, through
+from lora_core.worn import Place, Worn, weight_shape
 
 BUCKETS = (0, 16, 64, 128, 256)  # then multiples of 128: a compiled model sees few shapes
 
@@ -27,6 +28,8 @@ class LayerRack:
         self.layer, self.path, self.place = layer, path, Place.of(layer)
         self.component = path.split(".", 1)[0]
         self.conv = isinstance(layer, nn.Conv2d)
+        self.looks_up = isinstance(layer, nn.Embedding)
+        self.images = 1  # of a batch, where they wear different things; kept for what looks up alone
         self.out, self.shape = weight_shape(layer)
         self.worn: list[Worn] = []  # with empty factors: those lie in the buffers
         self.ranks: list[int] = []
@@ -63,7 +66,8 @@ class LayerRack:
         start = sum(self.ranks)
         self.downs[start : start + worn.rank].copy_(worn.down)
         self.ups[start : start + worn.rank].copy_(worn.up.T)
-        extras = tuple(e.to(self.place.device, self.place.dtype) for e in worn.extras)
+        terms = worn.extras if worn.bias is None else (*worn.extras, Shift(worn.bias))
+        extras = tuple(e.to(self.place.device, self.place.dtype) for e in terms)
         self.worn.append(Worn(worn.name, worn.down[:0], worn.up[:, :0], extras))
         self.ranks.append(worn.rank)
         self.view()
@@ -124,7 +128,9 @@ class LayerRack:
         """Writes into `base_out`, which the layer has just made, and returns it."""
         if base_out.requires_grad:  # what bitsandbytes made cannot be written into where a gradient is wanted
             base_out = base_out.clone()
-        if x.dtype is not self.downs.dtype:  # autocast: the layer's own dtype
+        if self.looks_up:
+            x, base_out = self._for_each_image(x, base_out)
+        elif x.dtype is not self.downs.dtype:  # autocast: the layer's own dtype
             x = x.to(self.downs.dtype)
         added = self._extra_terms(x, base_out) if self.extras else None
         if self.rank:
@@ -145,6 +151,10 @@ class LayerRack:
             low = through(self.layer, x, self.down)
             low.mul_(w[:, :, None, None])
             return base_out.add_(F.conv2d(low, self.up_conv))
+        if self.looks_up:  # a word's row of up (num, R), times down (R, dim)
+            low = F.embedding(x, self.up.T)
+            w = w.reshape(len(w), *[1] * (low.dim() - 2), self.rank)
+            return base_out.add_((low * w.to(low.dtype)) @ self.down)
         low = F.linear(x, self.down)  # (N, ..., R)
         if not self.shared:
             w = w.reshape(len(w), *[1] * (x.dim() - 2), self.rank)
@@ -155,6 +165,12 @@ class LayerRack:
             return base_out.addmm_(low, self.up)
         base_out.view(-1, self.out).addmm_(low.view(-1, self.rank), self.up)
         return base_out
+
+    def _for_each_image(self, words: Tensor, base_out: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions come once for a whole batch: where its images wear different things, once for each of them."""
+        if self.shared or words.shape[0] > 1 or self.images == 1:
+            return words, base_out
+        return words.expand(self.images, -1), base_out.expand(self.images, -1, -1).clone()
 
     @staticmethod
     def _rows(weights: Tensor, batch: int) -> Tensor:

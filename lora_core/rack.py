@@ -35,6 +35,7 @@ class Rack:
         self._enabled = True
         self._entries: list[tuple[str, LayerRack]] = []  # (LoRA, layer) in the order of the slots
         self._groups: list[_Group] = []  # one per component and device
+        self._looking_up: list[LayerRack] = []  # embeddings
         self._alive: list[bool] = []
         self._shown: tuple[Sequence[Mix], float, bool] = ([{}], 0.0, False)
         self._lay_out()
@@ -133,6 +134,8 @@ class Rack:
         values = self._values(mixes, progress, guided)  # (rows, entries)
         for group in self._groups:
             group.write(values)
+        for slot in self._looking_up:
+            slot.images = len(mixes)
         alive = (values != 0).any(0).tolist()
         if alive != self._alive:
             self._alive = alive
@@ -169,6 +172,7 @@ class Rack:
     def _lay_out(self) -> None:
         """After any change of what is worn: which slot belongs to which LoRA, and one buffer per component."""
         self._entries, self._groups, self._alive = [], [], []
+        self._looking_up = [slot for slot in self.layers.values() if slot.looks_up]
         counts: dict[tuple[str, torch.device], tuple[list[LayerRack], list[int], list[int]]] = {}
         for slot in self.layers.values():
             slots, owners, sizes = counts.setdefault((slot.component, slot.place.device), ([], [], []))
@@ -197,7 +201,7 @@ class Rack:
         return ([{n: mix.get(n, _SILENT) for n in self._names} for mix in self._shown[0]],)
 
     def follow(self, slot: LayerRack, x: Tensor) -> None:
-        """Called from a hook whose input lies elsewhere: the whole component has moved, or shows its dtype now."""
+        """Called from a hook whose input `x` lies elsewhere: the whole component has moved, or shows its dtype now."""
         shown = self._shown
         for other in self.layers.values():
             if other is slot or (other.component == slot.component and other.place == slot.place):
@@ -211,7 +215,9 @@ class Rack:
                 return None
             x = inputs[0]
             if slot.place.dtype is None or slot.place.device != x.device:
-                self.follow(slot, x)
+                self.follow(
+                    slot, x if x.is_floating_point() else output
+                )  # words are numbers of no such dtype
             return slot.forward(x, output)
 
         return add

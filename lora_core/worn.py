@@ -2,133 +2,59 @@
 
 `wear` turns a Delta into a `Worn` without forming ΔW where that can be avoided:
 
-    LoRA, LoCon, Tucker, LoHa      factors, ΔW = up down exactly
+    LoRA, LoCon, Tucker, LoHa      factors, ΔW = up down exactly; on embeddings too
     DoRA on the output axis        W + w (m V/|V| - W): the factors carry g = m/|V|, and a Gain adds (g - 1) W x
     LoKr                           Kron: two small products by reshape
-    what has no such form          Dense: ΔW computed from the original, run through the layer's own geometry
-                                   (an input-axis DoRA, a magnitude around LoHa or LoKr)
+    (IA)³                          a Gain v for the outputs, an InputGain for the inputs
+    OFT, BOFT                      Turn: R (W x) in place of (R W) x
+    GLoRA                          factors again, one half of them made of W
+    what has no such form          Dense: ΔW run through the layer's own operation: a whole change, on norms and
+                                   embeddings everything else; an input-axis DoRA, a magnitude around LoHa or LoKr
+    a change of the bias           Worn.bias, beside any of them or alone
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lora_core import algebra
 from lora_core.adapter import weight_of
 from lora_core.deltas import Delta
+from lora_core.deltas.bias import WithBias
+from lora_core.deltas.glora import Generalized
+from lora_core.deltas.ia3 import Scaling
+from lora_core.deltas.kronecker import Kronecker
 from lora_core.deltas.magnitude import WithMagnitude
+from lora_core.deltas.oft import Rotation
 from lora_core.errors import LoraError
 from lora_core.storages import dequantised, refuse_lost, storage_of
+from lora_core.terms import Dense, Extra, Gain, InputGain, Kron, Turn
+from lora_core.terms import through as through
 
-
-class Extra(Protocol):
-    """A term beside the stacked factors; it has one slot of the weights."""
-
-    def term(self, layer: nn.Module, x: Tensor, base_out: Tensor) -> Tensor:
-        """What weight 1 adds; shaped like `base_out`, or such that it broadcasts to it."""
-        ...
-
-    def delta(self, rows: slice, original: Tensor) -> Tensor:
-        """The same as a change of the weight: fp32, these rows of it, flat (n, in*k*k); `original` those of W0."""
-        ...
-
-    def to(self, device: torch.device, dtype: torch.dtype | None) -> Extra: ...
-
-
-@dataclass(frozen=True)
-class Gain:
-    """(g - 1) * W x for a DoRA; W x = base_out - bias. The bias is a copy: an offloaded layer has none at hand."""
-
-    gain: Tensor  # (out,) g - 1
-    bias: Tensor | None  # (out,)
-
-    def term(self, layer: nn.Module, x: Tensor, base_out: Tensor) -> Tensor:
-        spread = (-1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
-        plain = base_out if self.bias is None else base_out - self.bias.reshape(spread)
-        return plain * self.gain.reshape(spread)
-
-    def delta(self, rows: slice, original: Tensor) -> Tensor:
-        return self.gain[rows, None] * original
-
-    def to(self, device: torch.device, dtype: torch.dtype | None) -> Gain:
-        bias = None if self.bias is None else self.bias.to(device, dtype)
-        return Gain(self.gain.to(device, dtype), bias)
-
-
-@dataclass(frozen=True)
-class Dense:
-    change: Tensor  # dW, of the layer's weight's shape
-
-    def term(self, layer: nn.Module, x: Tensor, base_out: Tensor) -> Tensor:
-        return through(layer, x, self.change)
-
-    def delta(self, rows: slice, original: Tensor) -> Tensor:
-        return algebra.flat(self.change[rows])
-
-    def to(self, device: torch.device, dtype: torch.dtype | None) -> Dense:
-        return Dense(self.change.to(device, dtype))
-
-
-@dataclass(frozen=True)
-class Kron:
-    """kron(C, D) x without forming it: x as (in1, in2), D over in2, then C over in1."""
-
-    c: Tensor  # (out1, in1)
-    d: Tensor  # (out2, in2[, k, k])
-
-    def term(self, layer: nn.Module, x: Tensor, base_out: Tensor) -> Tensor:
-        wide = self.c.shape[1]  # in1
-        if isinstance(layer, nn.Conv2d):
-            parts = x.reshape(x.shape[0] * wide, -1, *x.shape[2:])  # (N in1, in2, h, w)
-            inner = through(layer, parts, self.d)  # (N in1, out2, h', w')
-            inner = inner.reshape(x.shape[0], wide, *inner.shape[1:])
-            return torch.einsum("oi,niphw->nophw", self.c, inner).flatten(1, 2)
-        parts = x.reshape(*x.shape[:-1], wide, -1)  # (..., in1, in2)
-        return torch.matmul(self.c, torch.matmul(parts, self.d.T)).flatten(-2)
-
-    def delta(self, rows: slice, original: Tensor) -> Tensor:
-        high = self.d.shape[0]  # out2: row i of the whole is row i // out2 of C and i % out2 of D
-        index = torch.arange(rows.start, rows.stop, device=self.d.device)
-        c, d = self.c[index // high].float(), self.d[index % high].float()
-        return torch.einsum("ni,n...->ni...", c, d).flatten(1)
-
-    def to(self, device: torch.device, dtype: torch.dtype | None) -> Kron:
-        return Kron(self.c.to(device, dtype), self.d.to(device, dtype))
+# the layers that can wear something
+WEARERS = (nn.Linear, nn.Conv2d, nn.Embedding, nn.LayerNorm, nn.GroupNorm)
 
 
 @dataclass(frozen=True)
 class Worn:
-    """`down` (r, in[, k, k]) and `up` (out, r), scale and gain folded into `up`; r may be 0."""
+    """`down` (r, in[, k, k]) and `up` (out, r), scale and gain folded into `up`; r may be 0. Of an embedding (num, dim)
+    they are (r, dim) and (num, r)."""
 
     name: str
     down: Tensor
     up: Tensor
     extras: tuple[Extra, ...] = ()
+    bias: Tensor | None = None  # the change of the layer's bias, (out,)
 
     @property
     def rank(self) -> int:
         return int(self.down.shape[0])
-
-
-def through(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-    """x through the layer's own operation (a convolution's geometry, a norm's statistics, a look-up) with another
-    weight and no bias."""
-    if isinstance(layer, nn.Conv2d):
-        convolved: Tensor = layer._conv_forward(x, weight, None)
-        return convolved
-    if isinstance(layer, nn.Embedding):
-        return F.embedding(x, weight)
-    if isinstance(layer, nn.LayerNorm):
-        return F.layer_norm(x, layer.normalized_shape, weight, None, layer.eps)
-    if isinstance(layer, nn.GroupNorm):
-        return F.group_norm(x, layer.num_groups, weight, None, layer.eps)
-    return F.linear(x, weight)
 
 
 @dataclass(frozen=True)
@@ -175,36 +101,102 @@ def stored(layer: nn.Module, path: str, name: str) -> Tensor | None:
 def wear(name: str, delta: Delta, layer: nn.Module, path: str, original: Tensor | None = None) -> Worn:
     """`original` is W0 where the layer is fused at the moment. Tensors stay in the Delta's dtype or fp32."""
     refuse_lost(layer, path)
-    place = Place.of(layer)
-    out, shape = weight_shape(layer)
-    empty = Worn(name, torch.empty(0, *shape, device=place.device), torch.empty(out, 0, device=place.device))
-    inner = delta.inner if isinstance(delta, WithMagnitude) else delta
-    form = inner.low_rank_form()
-    if form is not None:
-        down, up = form[0].to(place.device), algebra.flat(form[1].to(place.device))
-        down = down.reshape(down.shape[0], *shape)
-        if not isinstance(delta, WithMagnitude):
-            return balanced(Worn(name, down, up), place)
-    if not isinstance(delta, WithMagnitude) and hasattr(delta, "kron_form") and _groups(layer) == 1:
-        c, d = (t.to(place.device) for t in delta.kron_form())
-        return Worn(name, empty.down, empty.up, (Kron(c, d.reshape(d.shape[0], -1, *shape[1:])),))
-    w0 = (original_weight(layer, path) if original is None else original).to(place.device)
-    bias = stored(layer, path, "bias")
-    if form is not None and isinstance(delta, WithMagnitude):
-        magnitude = delta.magnitude.to(place.device, torch.float32)
-        if algebra.magnitude_axis(magnitude, w0.shape) == 0:
-            g = magnitude.reshape(-1) / algebra.row_norms(w0, down, up, scale=1.0)
-            return balanced(
-                Worn(
-                    name,
-                    down,
-                    up * g[:, None],
-                    (Gain(g - 1, bias if bias is None else bias.to(place.device)),),
-                ),
-                place,
-            )
-    dense = delta.to(device=place.device).delta(w0)
-    return Worn(name, empty.down, empty.up, (Dense(dense),))
+    at = _At(layer, path, original)
+    change, bias = (delta.inner, delta.bias) if isinstance(delta, WithBias) else (delta, None)
+    parts = _Parts() if change is None else next(filter(None, (form(change, at) for form in _forms(layer))))
+    down = torch.empty(0, *at.shape, device=at.device) if parts.down is None else parts.down
+    up = torch.empty(at.out, 0, device=at.device) if parts.up is None else parts.up
+    worn = Worn(name, down, up, parts.extras, None if bias is None else bias.to(at.device))
+    return balanced(worn, at.place)
+
+
+class _At:
+    """A layer, and W0 only for those who ask for it: a packed one has to be unpacked."""
+
+    def __init__(self, layer: nn.Module, path: str, original: Tensor | None) -> None:
+        self.layer, self.path, self._original = layer, path, original
+        self.place = Place.of(layer)
+        self.device = self.place.device
+        self.out, self.shape = weight_shape(layer)
+
+    @property
+    def w0(self) -> Tensor:
+        w0 = original_weight(self.layer, self.path) if self._original is None else self._original
+        return w0.to(self.device)
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = stored(self.layer, self.path, "bias")
+        return None if bias is None else bias.detach().to(self.device)
+
+
+class _Parts(NamedTuple):
+    down: Tensor | None = None
+    up: Tensor | None = None
+    extras: tuple[Extra, ...] = ()
+
+
+def _as_factors(delta: Delta, at: _At) -> _Parts | None:
+    form = delta.low_rank_form()
+    return None if form is None else _Parts(*_laid(form, at))
+
+
+def _as_gain(delta: Delta, at: _At) -> _Parts | None:
+    """A DoRA along the outputs around what has factors."""
+    form = delta.inner.low_rank_form() if isinstance(delta, WithMagnitude) else None
+    if form is None or not isinstance(delta, WithMagnitude):
+        return None
+    magnitude, w0 = delta.magnitude.to(at.device, torch.float32), at.w0
+    if algebra.magnitude_axis(magnitude, w0.shape) != 0:
+        return None
+    down, up = _laid(form, at)
+    g = magnitude.reshape(-1) / algebra.row_norms(w0, down, up, scale=1.0)
+    return _Parts(down, up * g[:, None], (Gain(g - 1, at.bias),))
+
+
+def _as_kron(delta: Delta, at: _At) -> _Parts | None:
+    if not isinstance(delta, Kronecker) or _groups(at.layer) > 1:
+        return None
+    c, d = (t.to(at.device) for t in delta.kron_form())
+    return _Parts(extras=(Kron(c, d.reshape(d.shape[0], -1, *at.shape[1:])),))
+
+
+def _as_scale(delta: Delta, at: _At) -> _Parts | None:
+    if not isinstance(delta, Scaling) or _groups(at.layer) > 1:
+        return None
+    vector, on_input = delta.scale_form()
+    return _Parts(extras=((InputGain if on_input else Gain)(vector.to(at.device), at.bias),))
+
+
+def _as_turn(delta: Delta, at: _At) -> _Parts | None:
+    if not isinstance(delta, Rotation):
+        return None
+    stages, rescale = delta.to(device=at.device).turn_form()
+    return _Parts(extras=(Turn(tuple(stages), rescale, at.bias),))
+
+
+def _as_factors_on_weight(delta: Delta, at: _At) -> _Parts | None:
+    form = delta.to(device=at.device).form_on(at.w0) if isinstance(delta, Generalized) else None
+    return None if form is None else _Parts(*_laid(form, at))
+
+
+def _as_dense(delta: Delta, at: _At) -> _Parts:
+    w0 = at.w0 if delta.needs_original else torch.empty(at.out, *at.shape, device="meta")
+    return _Parts(extras=(Dense(delta.to(device=at.device).delta(w0)),))
+
+
+_FORMS = (_as_factors, _as_gain, _as_kron, _as_scale, _as_turn, _as_factors_on_weight, _as_dense)
+
+
+def _forms(layer: nn.Module) -> tuple[Callable[[Delta, _At], _Parts | None], ...]:
+    """Most forms are about W x; a look-up and a norm are no such product."""
+    return _FORMS if isinstance(layer, nn.Linear | nn.Conv2d) else (_as_factors, _as_dense)
+
+
+def _laid(form: tuple[Tensor, Tensor], at: _At) -> tuple[Tensor, Tensor]:
+    """On the layer's device: down (r, in[, k, k]) with the layer's own dimensions, up (out, r)."""
+    down, up = form[0].to(at.device), algebra.flat(form[1].to(at.device))
+    return down.reshape(down.shape[0], *at.shape), up
 
 
 def weight_shape(layer: nn.Module) -> tuple[int, tuple[int, ...]]:
@@ -232,7 +224,7 @@ def balanced(worn: Worn, place: Place) -> Worn:
     if a == 0 or b == 0:
         return worn
     shift = round(math.log2(b / a) / 2)
-    return Worn(worn.name, worn.down.float() * 2.0**shift, worn.up * 2.0**-shift, worn.extras)
+    return replace(worn, down=worn.down.float() * 2.0**shift, up=worn.up * 2.0**-shift)
 
 
 def _groups(layer: nn.Module) -> int:

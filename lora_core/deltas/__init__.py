@@ -12,6 +12,11 @@ from torch import Tensor
 class Delta(Protocol):
     """The change of one weight."""
 
+    @property
+    def needs_original(self) -> bool:
+        """Whether ΔW depends on the weight it changes: without the base it is then no matrix at all."""
+        ...
+
     def delta(self, original: Tensor) -> Tensor:
         """ΔW, fp32, of `original`'s shape. `original` is the untouched base weight."""
         ...
@@ -21,7 +26,15 @@ class Delta(Protocol):
         ...
 
     def shape(self) -> tuple[int, ...]:
-        """The shape of the weight this belongs to, as far as the factors tell: (out, in) or (out, in, k, k)."""
+        """The shape of the weight this belongs to, as far as the factors tell: (out, in) or (out, in, k, k).
+
+        -1 stands for a side they do not tell; (out,) alone also for a weight of more dimensions, where they tell no
+        more (OFT, a row scale, a bias). `fits` knows which.
+        """
+        ...
+
+    def fits(self, weight: tuple[int, ...]) -> bool:
+        """Whether a weight of this shape can be changed by it."""
         ...
 
     def low_rank_form(self) -> tuple[Tensor, Tensor] | None:

@@ -18,9 +18,22 @@ class WithBias:
     inner: Delta | None
     bias: Tensor
 
+    def __post_init__(self) -> None:
+        if self.bias.dim() != 1:
+            raise ValueError(
+                f"a bias of shape {tuple(self.bias.shape)} was found where one number per output was expected"
+            )
+
+    @property
+    def needs_original(self) -> bool:
+        return self.inner is not None and self.inner.needs_original
+
     def shape(self) -> tuple[int, ...]:
         """(out,) where the bias is all there is: no more is told."""
         return (int(self.bias.shape[0]),) if self.inner is None else self.inner.shape()
+
+    def fits(self, weight: tuple[int, ...]) -> bool:
+        return len(self.bias) == weight[0] and (self.inner is None or self.inner.fits(weight))
 
     def delta(self, original: Tensor) -> Tensor:
         """Of the weight."""

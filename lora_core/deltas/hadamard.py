@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lora_core import algebra
 from lora_core.deltas.products import check_product, product_shape
+from lora_core.deltas.shapes import same_size
 
 _FACTORS = ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")
 
@@ -21,6 +23,8 @@ class Hadamard:
     LyCORIS stores a convolution's b as (r, in·k·k): taken as well, and `shape` then tells no more than that.
     Raises ValueError for factors that do not go together.
     """
+
+    needs_original: ClassVar[bool] = False
 
     w1_a: Tensor
     w1_b: Tensor
@@ -51,6 +55,9 @@ class Hadamard:
 
     def shape(self) -> tuple[int, ...]:
         return product_shape(self.w1_a, self.w1_b, self.t1)
+
+    def fits(self, weight: tuple[int, ...]) -> bool:
+        return same_size(self.shape(), weight)
 
     def delta(self, original: Tensor) -> Tensor:
         whole = algebra.hadamard(

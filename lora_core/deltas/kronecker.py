@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lora_core import algebra
 from lora_core.deltas.products import check_product, product_shape
+from lora_core.deltas.shapes import same_size
 
 _W1 = ("w1_a", "w1_b")
 _W2 = ("w2_a", "w2_b", "t2")
@@ -23,6 +25,8 @@ class Kronecker:
     LyCORIS stores the b of a convolution's pair as (r, in2·k·k): taken as well, and `shape` then tells no more than
     that. Raises ValueError for factors that do not go together.
     """
+
+    needs_original: ClassVar[bool] = False
 
     w1: tuple[Tensor, ...]
     w2: tuple[Tensor, ...]
@@ -60,6 +64,9 @@ class Kronecker:
     def shape(self) -> tuple[int, ...]:
         (out1, in1), (out2, in2, *spatial) = _shape(self.w1), _shape(self.w2)
         return (out1 * out2, in1 * in2, *spatial)
+
+    def fits(self, weight: tuple[int, ...]) -> bool:
+        return same_size(self.shape(), weight)
 
     def delta(self, original: Tensor) -> Tensor:
         return algebra.kronecker(*self.kron_form(), scale=1.0).reshape(original.shape)

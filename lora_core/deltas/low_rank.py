@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lora_core import algebra
+from lora_core.deltas.shapes import same_size
 
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
     """down (r, in[, k, k]), up (out, r[, 1, 1]); a Tucker file's core is composed into `down` when read."""
+
+    needs_original: ClassVar[bool] = False
 
     down: Tensor
     up: Tensor
@@ -34,6 +38,9 @@ class LowRank:
 
     def shape(self) -> tuple[int, ...]:
         return (int(self.up.shape[0]), *(int(n) for n in self.down.shape[1:]))
+
+    def fits(self, weight: tuple[int, ...]) -> bool:
+        return same_size(self.shape(), weight)
 
     def delta(self, original: Tensor) -> Tensor:
         return algebra.low_rank(self.down, self.up, scale=self.scale).reshape(original.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from lora_core.deltas import Delta, Factored
 @dataclass(frozen=True, eq=False)
 class WithMagnitude:
     """`magnitude` keeps the shape it was written with: its axis is read from it (see algebra.magnitude_axis)."""
+
+    needs_original: ClassVar[bool] = True
 
     inner: Delta
     magnitude: Tensor
@@ -29,6 +32,9 @@ class WithMagnitude:
 
     def shape(self) -> tuple[int, ...]:
         return self.inner.shape()
+
+    def fits(self, weight: tuple[int, ...]) -> bool:
+        return self.inner.fits(weight)
 
     def delta(self, original: Tensor) -> Tensor:
         return algebra.dora_delta(original, self.inner.delta(original), self.magnitude)
