@@ -14,11 +14,13 @@ from torch import Tensor
 from lora_core import algebra
 from lora_core.adapter import Adapter
 from lora_core.deltas import Delta, Factored
+from lora_core.deltas.bias import WithBias
 from lora_core.deltas.low_rank import LowRank
 from lora_core.deltas.magnitude import WithMagnitude
 from lora_core.errors import ConfigError, FileRefused, NotFinite
 from lora_core.formats import foreign
-from lora_core.formats.kinds import Kind, Layer, kind_of_delta, kind_of_roles
+from lora_core.formats.kinds import kind_of_delta, kind_of_roles
+from lora_core.formats.layer import Kind, Layer
 from lora_core.safe_files import Header, read_tensors
 from lora_core.safe_header import DTYPES
 
@@ -30,8 +32,8 @@ class Part(NamedTuple):
     role: str  # a role of one of kinds.KINDS, or one of BESIDE
 
 
-# What may stand beside the factors of any kind, in kohya's spelling -> role.
-BESIDE = {"alpha": "alpha", "dora_scale": "magnitude"}
+# What may stand beside the factors of a kind, in kohya's spelling -> role. A bias may stand alone as well.
+BESIDE = {"alpha": "alpha", "dora_scale": "magnitude", "diff_b": "bias", "b_norm": "bias"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Reading:
     unused: tuple[str, ...]
 
 
+SIDE = ".on_input"
 # Where the contents of a file's tensors come from: `read_tensors`, or `outlines` where only shapes matter.
 Load = Callable[[Header, Iterable[str]], dict[str, Tensor]]
 
@@ -88,18 +91,19 @@ def assemble(
             unused.append(f"{key} (the same layer a second time)")
         else:
             layers[part.path][part.role] = key
-    kinds: dict[str, Kind] = {}
+    kinds: dict[str, Kind | None] = {}
     for path, roles in list(layers.items()):
         kind = kind_of_roles(roles)
-        if kind is None:
+        if kind is None and "bias" not in roles:
             unused += [
                 f"{key} ({role} of a layer that has no LoRA)" for role, key in layers.pop(path).items()
             ]
             continue
         kinds[path] = kind
-        own = {*kind.roles.values(), *BESIDE.values()}
+        own = {"bias"} if kind is None else {*kind.roles.values(), *kind.beside}
+        what = "change of its bias alone" if kind is None else kind.name
         for role in [role for role in roles if role not in own]:
-            unused.append(f"{roles.pop(role)} (the layer is a {kind.name})")
+            unused.append(f"{roles.pop(role)} (the layer has a {what}, to which that says nothing)")
     tensors = load(header, [key for roles in layers.values() for key in roles.values()])
     name = header.path.name
     deltas = {
@@ -118,20 +122,38 @@ def _of(roles: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Te
 def outlines(header: Header, names: Iterable[str]) -> dict[str, Tensor]:
     """Tensors that have a shape and a dtype and cost nothing: what the header alone says of them.
 
-    A file is then checked by the very code that reads it. Single numbers are ones, for alpha is asked for."""
-    return {
+    A file is then checked by the very code that reads it. Single numbers are ones, for alpha is asked for; but which
+    side an (IA)³ scales decides what it fits, and is read."""
+    names = list(names)
+    return read_tensors(header, [name for name in names if name.endswith(SIDE)]) | {
         name: torch.ones(info.shape, dtype=DTYPES[info.dtype])
         if math.prod(info.shape) == 1
         else torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta")
         for name in names
+        if not name.endswith(SIDE)
         for info in (header.tensors[name],)
     }
 
 
-def _delta(kind: Kind, layer: Layer, magnitude_is_output: bool) -> Delta:
-    inner = kind.read(layer)
-    if "magnitude" not in layer.keys:
-        return inner
+def _delta(kind: Kind | None, layer: Layer, magnitude_is_output: bool) -> Delta:
+    change = None if kind is None else kind.read(layer)
+    if change is not None and "magnitude" in layer.keys:
+        change = _with_magnitude(change, layer, magnitude_is_output)
+    if "bias" not in layer.keys:
+        assert change is not None
+        return change
+    bias = layer.factor("bias")
+    if change is not None and change.shape()[0] not in (-1, bias.numel()):
+        raise layer.refused(
+            "bias", f"{bias.numel()} numbers were found where the layer has {change.shape()[0]} outputs"
+        )
+    try:
+        return WithBias(change, bias)
+    except ValueError as problem:
+        raise layer.refused("bias", problem) from problem
+
+
+def _with_magnitude(inner: Delta, layer: Layer, magnitude_is_output: bool) -> WithMagnitude:
     magnitude, shape = layer.factor("magnitude"), inner.shape()
     if magnitude_is_output and magnitude.numel() == shape[0]:
         magnitude = output_column(magnitude, shape)
@@ -164,13 +186,21 @@ def output_column(magnitude: Tensor, shape: tuple[int, ...]) -> Tensor:
     return magnitude.reshape(-1, *[1] * (max(len(shape), magnitude.dim()) - 1))
 
 
-def unwrapped(delta: Delta) -> tuple[Delta, Tensor | None]:
-    """-> what is inside a magnitude, and the magnitude: along outputs as a column, along inputs as it came."""
-    if not isinstance(delta, WithMagnitude):
-        return delta, None
-    magnitude, shape = delta.magnitude, delta.shape()
+class Unwrapped(NamedTuple):
+    """A delta without its modifiers, and these: the magnitude along outputs as a column, along inputs as it came."""
+
+    change: Delta | None  # None where the bias is all that changes
+    magnitude: Tensor | None
+    bias: Tensor | None
+
+
+def unwrapped(delta: Delta) -> Unwrapped:
+    change, bias = (delta.inner, delta.bias) if isinstance(delta, WithBias) else (delta, None)
+    if not isinstance(change, WithMagnitude):
+        return Unwrapped(change, None, bias)
+    magnitude, shape = change.magnitude, change.shape()
     axis = algebra.magnitude_axis(magnitude, torch.Size(_as_magnitude_has_it(shape, magnitude)))
-    return delta.inner, output_column(magnitude, shape) if axis == 0 else magnitude
+    return Unwrapped(change.inner, output_column(magnitude, shape) if axis == 0 else magnitude, bias)
 
 
 def low_ranks(adapter: Adapter, spelling: str) -> dict[str, tuple[LowRank, Tensor | None]]:
@@ -178,15 +208,20 @@ def low_ranks(adapter: Adapter, spelling: str) -> dict[str, tuple[LowRank, Tenso
     diffusers' spellings cannot say: before anything is written."""
     found: dict[str, tuple[LowRank, Tensor | None]] = {}
     for path, delta in adapter.deltas.items():
-        inner, magnitude = unwrapped(delta)
-        if not isinstance(inner, LowRank):
-            kind = kind_of_delta(inner)
+        change, magnitude, bias = unwrapped(delta)
+        if bias is not None:
             raise ConfigError(
-                f"{path} is of the kind {type(inner).__name__ if kind is None else kind.name}; the {spelling} "
+                f"{path} has a change of its bias, which the {spelling} spelling has no key for. Write it in the "
+                "kohya spelling."
+            )
+        if not isinstance(change, LowRank):
+            kind = kind_of_delta(change)
+            raise ConfigError(
+                f"{path} is of the kind {type(change).__name__ if kind is None else kind.name}; the {spelling} "
                 "spelling can say LoRA and DoRA only. Write it in the kohya spelling, or bake it to a plain "
                 "LoRA first."
             )
-        found[path] = inner, magnitude
+        found[path] = change, magnitude
     return found
 
 
@@ -239,6 +274,6 @@ def _as_magnitude_has_it(shape: tuple[int, ...], magnitude: Tensor) -> tuple[int
 
 def ranks_and_alphas(deltas: Mapping[str, Delta]) -> tuple[dict[str, int], dict[str, float]]:
     """Per path, for descriptions of an adapter."""
-    inner = {path: unwrapped(delta)[0] for path, delta in deltas.items()}
+    inner = {path: unwrapped(delta).change for path, delta in deltas.items()}
     known = {path: delta for path, delta in inner.items() if isinstance(delta, Factored)}
     return {p: d.rank for p, d in known.items()}, {p: float(d.alpha) for p, d in known.items()}

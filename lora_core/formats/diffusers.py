@@ -24,8 +24,9 @@ from typing import Any
 from torch import Tensor
 
 from lora_core.adapter import Adapter
+from lora_core.errors import ConfigError
 from lora_core.formats.assembly import Load, Part, Reading, assemble, column_or_refuse, low_ranks
-from lora_core.formats.keys import adapter_path
+from lora_core.formats.keys import adapter_path, is_embedding
 from lora_core.formats.peft_config import Alphas, config_of, parse
 from lora_core.safe_files import Header, read_tensors, save_tensors
 
@@ -47,6 +48,7 @@ _ROLES = {"down": "down", "A": "down", "up": "up", "B": "up", "mid": "mid"}
 _KEY = re.compile(
     r"(?P<path>.+?)(?:"
     r"[._]lora(?:_linear_layer)?[._](?P<role>down|up|mid|A|B)(?:\.[A-Za-z]\w*)??\.weight"
+    r"|\.lora_embedding_(?P<words>A|B)(?:\.[A-Za-z]\w*)??(?:\.weight)?"
     r"|\.(?P<alpha>alpha)"
     r"|\.(?P<magnitude>lora_magnitude_vector|dora_scale)(?:\.[A-Za-z]\w*)??(?:\.weight)?)"
 )
@@ -72,6 +74,11 @@ class Diffusers:
     def write(self, adapter: Adapter, path: Path, metadata: dict[str, str]) -> Path:
         """The names diffusers itself writes today for the UNet, and reads in the text encoders."""
         layers = low_ranks(adapter, self.name)
+        for layer in filter(is_embedding, layers):
+            raise ConfigError(
+                f"{layer} is an embedding, of which diffusers' loader takes no LoRA. Write it in the kohya or the peft "
+                "spelling."
+            )
         tensors: dict[str, Tensor] = {}
         config: dict[str, Any] = {}
         for component in adapter.components():
@@ -114,6 +121,8 @@ def role_of(key: str) -> tuple[str, str] | None:
     found = _KEY.fullmatch(key)
     if found is None:
         return None
+    if found["words"]:
+        return found["path"], f"embedding_{found['words']}"
     role = "alpha" if found["alpha"] else "magnitude" if found["magnitude"] else _ROLES[found["role"]]
     return layer_name(found["path"]), role
 

@@ -22,11 +22,18 @@ _KINDS = tuple(
         (r"\.(w_norm|b_norm)$", "difference of a norm layer"),
         (r"^(bundle_emb)\.", "bundled textual inversion"),
         (r"^(?:unet|text_encoder):\d+:(up|down)$", "cloneofsimo's LoRA of 2022"),
-        (r"\.(lora_embedding_[AB])", "LoRA of an embedding table"),
         (r"\.(lora_B\.(?:[^.]+\.)?bias)$", "bias of a LoRA"),
     )
 )
-NAMED_ONLY_BY_KOHYA = ("LoHa", "LoKr")
+NAMED_ONLY_BY_KOHYA = (
+    "LoHa",
+    "LoKr",
+    "(IA)³",
+    "GLoRA",
+    "OFT",
+    "full difference",
+    "difference of a norm layer",
+)
 # Adapters of other models. One such key is enough: their text encoder part may well look like ours.
 _FAMILIES = tuple(
     (re.compile(pattern), name)
@@ -98,8 +105,8 @@ def refuse(header: Header) -> None:
                 "in kohya's spelling (lora_unet_…, lora_te_…). Save it in that spelling."
             )
         raise FileRefused(
-            f"{name} is of the kind {kind} ({part}): not supported by this version. Use a LoRA, LoCon, "
-            "LoHa, LoKr or DoRA file."
+            f"{name} is of the kind {kind} ({part}): not supported by this version. Use a LoRA, DoRA, "
+            f"{', '.join(NAMED_ONLY_BY_KOHYA[:-2])} file."
         )
     for pattern, what in _FILES:
         if any(pattern.search(key) for key in header.tensors):

@@ -17,6 +17,10 @@ import re
 from lora_core.formats import sgm_names
 
 _TRANSFORMER = (
+    "norm",
+    "transformer_blocks.#.norm1",
+    "transformer_blocks.#.norm2",
+    "transformer_blocks.#.norm3",
     "proj_in",
     "proj_out",
     *(f"transformer_blocks.#.attn{i}.{to}" for i in (1, 2) for to in ("to_q", "to_k", "to_v", "to_out.#")),
@@ -25,6 +29,7 @@ _TRANSFORMER = (
 )
 _UNET = (
     "conv_in",
+    "conv_norm_out",
     "conv_out",
     *(f"{which}_embedding.linear_#" for which in ("time", "add")),
     *(
@@ -33,8 +38,11 @@ _UNET = (
         for inside in (
             *(f"attentions.#.{layer}" for layer in _TRANSFORMER),
             # attention without text (AttnDownBlock2D), as small models have it
-            *(f"attentions.#.{to}" for to in ("to_q", "to_k", "to_v", "to_out.#")),
-            *(f"resnets.#.{layer}" for layer in ("conv1", "conv2", "conv_shortcut", "time_emb_proj")),
+            *(f"attentions.#.{to}" for to in ("group_norm", "to_q", "to_k", "to_v", "to_out.#")),
+            *(
+                f"resnets.#.{layer}"
+                for layer in ("norm1", "conv1", "time_emb_proj", "norm2", "conv2", "conv_shortcut")
+            ),
             "downsamplers.#.conv",
             "upsamplers.#.conv",
         )
@@ -59,10 +67,18 @@ _SGM = (
         )
     ),
 )
+_EMBEDDINGS = ("text_model.embeddings.token_embedding", "text_model.embeddings.position_embedding")
 _TEXT = (
+    *_EMBEDDINGS,
+    "text_model.final_layer_norm",
+    *(f"text_model.encoder.layers.#.layer_norm{i}" for i in (1, 2)),
     *(f"text_model.encoder.layers.#.self_attn.{p}" for p in ("q_proj", "k_proj", "v_proj", "out_proj")),
     *(f"text_model.encoder.layers.#.mlp.{p}" for p in ("fc1", "fc2")),
     "text_projection",
+)
+_OF_TEXT_MODEL = tuple(
+    f"{name}{joint}"
+    for name, joint in (*((n, j) for n in ("encoder", "embeddings") for j in "._"), ("final_layer_norm", ""))
 )
 _CONVOLUTIONS = frozenset({"conv", "conv1", "conv2", "conv_in", "conv_out"})  # 3x3; conv_shortcut is 1x1
 _NUMBER = re.compile(r"(?<![^._])\d+(?![^._])")  # a number that stands alone: not the 1 of attn1
@@ -85,7 +101,7 @@ def adapter_path(component: str, name: str) -> str | None:
     >>> adapter_path("unet", "input_blocks_4_1_proj_in")
     'unet.down_blocks.1.attentions.0.proj_in'
     """
-    if component != "unet" and name.startswith(("encoder.", "encoder_")):
+    if component != "unet" and name.startswith(_OF_TEXT_MODEL):
         name = f"text_model.{name}" if "." in name else f"text_model_{name}"  # transformers 5 leaves it out
     shape = _NUMBER.sub("#", name)
     if "." in name:
@@ -101,6 +117,11 @@ def kernel_of(path: str) -> int:
     """k of the k x k convolution that the layer at this adapter path is in every Stable Diffusion model; 1 for the
     others, of which some are linear here and 1x1 convolutions there."""
     return 3 if path.rpartition(".")[2] in _CONVOLUTIONS else 1
+
+
+def is_embedding(path: str) -> bool:
+    """Whether the layer at this adapter path is a table of words or positions."""
+    return path.partition(".")[2] in _EMBEDDINGS
 
 
 def flattened(path: str) -> str:

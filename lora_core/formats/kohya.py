@@ -9,8 +9,12 @@
     lora_unet_mid_block_attentions_0_proj_in.dora_scale            (out, 1[, 1, 1]), or (1, in[, 1, 1])
     lora_unet_mid_block_resnets_0_conv1.hada_w1_a, hada_w1_b …     (out, r), (r, in*k*k): LyCORIS' LoHa
     lora_unet_mid_block_resnets_0_conv1.lokr_w1, lokr_w2 …         (out1, in1), (out2, in2, k, k): its LoKr
+    lora_unet_conv_in.diff, diff_b                                 a whole difference, and that of a bias
+    lora_unet_mid_block_resnets_0_norm1.w_norm, b_norm             (out,), (out,): LyCORIS' norms
+    oft_unet_mid_block_attentions_0_proj_in.oft_blocks             (k, b, b): kohya's OFT, under a name of its own
+    lora_te_text_model_embeddings_token_embedding.lora_up.weight   (words, r): ΔW = up · down, a row for each word
 
-ΔW = alpha/r · up · down; without alpha it is the rank. The kinds' own keys: see kinds.
+ΔW = alpha/r · up · down; without alpha it is the rank. The kinds' own keys: see factor_kinds and other_kinds.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ PREFIXES = {
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
     "lora_te_": "text_encoder",
+    "oft_unet_": "unet",
 }
 ROLES = {ending: role for kind in KINDS for ending, role in kind.roles.items()} | BESIDE
 SDXL_ATTENTION_UP = frozenset({0, 1})
@@ -54,19 +59,21 @@ class Kohya:
         tensors: dict[str, Tensor] = {}
         names = _names(adapter)
         for layer, delta in adapter.deltas.items():
-            inner, magnitude = unwrapped(delta)
-            kind = kind_of_delta(inner)
-            if kind is None or not isinstance(inner, Factored):
+            change, magnitude, bias = unwrapped(delta)
+            kind = kind_of_delta(change)
+            if kind is None and change is not None:
                 raise ConfigError(
-                    f"{layer} is of the kind {type(inner).__name__}; this version writes "
+                    f"{layer} is of the kind {type(change).__name__}; this version writes "
                     f"{', '.join(known.name for known in KINDS)} and DoRA. Bake it to a plain LoRA first."
                 )
-            stored = kind.stored(inner)
-            tensors |= {f"{names[layer]}.{ending}": tensor for ending, tensor in stored.items()}
-            dtype = next(iter(stored.values())).dtype
-            tensors[f"{names[layer]}.alpha"] = alpha_tensor(inner.alpha, dtype)
+            stored = {} if kind is None or change is None else kind.stored(change)
+            if isinstance(change, Factored):
+                stored["alpha"] = alpha_tensor(change.alpha, next(iter(stored.values())).dtype)
             if magnitude is not None:
-                tensors[f"{names[layer]}.dora_scale"] = magnitude
+                stored["dora_scale"] = magnitude
+            if bias is not None:
+                stored["b_norm" if "w_norm" in stored else "diff_b"] = bias
+            tensors |= {f"{names[layer]}.{ending}": tensor for ending, tensor in stored.items()}
         save_tensors(path, tensors, with_hashes(tensors, metadata))
         return path
 

@@ -20,7 +20,6 @@ from pathlib import PurePosixPath, PureWindowsPath
 from torch import Tensor
 
 from lora_core.adapter import Adapter
-from lora_core.deltas.magnitude import WithMagnitude
 from lora_core.errors import ConfigError
 from lora_core.families import FAMILIES
 from lora_core.formats.assembly import ranks_and_alphas, unwrapped
@@ -126,27 +125,32 @@ def _defaults(adapter: Adapter, family: str | None, stated: Mapping[str, str]) -
 
 
 def _of_tensors(adapter: Adapter) -> dict[str, str]:
-    """kohya's names for rank and alpha; "Dynamic" where layers differ, as its resize script says it."""
+    """kohya's names for rank and alpha; "Dynamic" where layers differ, as its resize script says it. Kinds that have
+    neither say neither."""
     ranks, alphas = ranks_and_alphas(adapter.deltas)
-    matrices = {p for p, d in adapter.deltas.items() if d.shape()[2:] in ((), (1, 1))}
-    convolutions = set(adapter.deltas) - matrices
+    matrices = {p for p in ranks if adapter.deltas[p].shape()[2:] in ((), (1, 1))}
+    convolutions = set(ranks) - matrices
     args: dict[str, str] = {}
     if convolutions:
         args["conv_dim"] = _common([ranks[p] for p in convolutions])
         args["conv_alpha"] = _common([alphas[p] for p in convolutions])
-    dora = any(isinstance(delta, WithMagnitude) for delta in adapter.deltas.values())
-    kinds = {kind_of_delta(unwrapped(delta)[0]) for delta in adapter.deltas.values()}
-    algos = {kind.name.lower() for kind in kinds if kind is not None}
-    lycoris = dora or algos != {"lora"}
+    parts = [unwrapped(delta) for delta in adapter.deltas.values()]
+    dora = any(part.magnitude is not None for part in parts)
+    known = [(kind_of_delta(part.change), part.change) for part in parts]
+    algos = {kind.algo(change) for kind, change in known if kind is not None and change is not None}
+    lycoris = dora or algos != {"lora"} or any(part.bias is not None for part in parts)
     if lycoris and len(algos) == 1:  # LyCORIS has one word for the whole file
         args["algo"] = algos.pop()
     if dora:
         args["dora_wd"] = "True"
     plain = sorted(matrices or convolutions)
-    return {
-        "ss_network_module": "lycoris.kohya" if lycoris else "networks.lora",
+    of_rank = {
         "ss_network_dim": _common([ranks[p] for p in plain]),
         "ss_network_alpha": _common([alphas[p] for p in plain]),
+    }
+    return {
+        "ss_network_module": "lycoris.kohya" if lycoris else "networks.lora",
+        **(of_rank if ranks else {}),
         "ss_network_args": json.dumps(args, sort_keys=True),
     }
 

@@ -4,6 +4,7 @@
     base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_B.default.weight
     base_model.model.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight    transformers 4, or _2
     base_model.model.encoder.layers.0.self_attn.q_proj.lora_magnitude_vector       transformers 5
+    base_model.model.embeddings.token_embedding.lora_embedding_A                   (r, words), its B (width, r)
 
 The alphas stand in adapter_config.json. Which text encoder a file is for stands nowhere: its folder's name
 tells, or else its width (1280 is SDXL's second).
@@ -21,7 +22,7 @@ from lora_core.adapter import COMPONENTS, Adapter
 from lora_core.errors import FileRefused, SaveFailed
 from lora_core.formats.assembly import Load, Part, Reading, assemble, low_ranks
 from lora_core.formats.diffusers import for_peft, in_config, role_of
-from lora_core.formats.keys import adapter_path
+from lora_core.formats.keys import adapter_path, is_embedding
 from lora_core.formats.peft_config import Alphas, config_of, parse
 from lora_core.safe_files import Header, read_tensors, save_tensors, write_atomic
 
@@ -70,7 +71,11 @@ class Peft:
             for layer in deltas:
                 low, magnitude = layers[layer]
                 name = PREFIX + layer.partition(".")[2].removeprefix(as_model[component] or "\0")
-                tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = low.down, low.up
+                if is_embedding(layer):
+                    tensors[f"{name}.lora_embedding_A"] = low.up.T
+                    tensors[f"{name}.lora_embedding_B"] = low.down.T
+                else:
+                    tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = low.down, low.up
                 if magnitude is not None:
                     tensors[f"{name}.lora_magnitude_vector"] = for_peft(layer, magnitude, self.name)
             folder = path / component

@@ -17,6 +17,7 @@ PER_LEVEL = 2  # residual blocks of a level on the way down, in SD 1, SD 2 and S
 
 _OUTSIDE = {
     "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
     "out.2": "conv_out",
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
@@ -24,7 +25,9 @@ _OUTSIDE = {
     "label_emb.0.2": "add_embedding.linear_2",
 }
 _RESIDUAL = {
+    "in_layers.0": "norm1",
     "in_layers.2": "conv1",
+    "out_layers.0": "norm2",
     "out_layers.3": "conv2",
     "emb_layers.1": "time_emb_proj",
     "skip_connection": "conv_shortcut",
@@ -100,5 +103,5 @@ def to_sgm(path: str, *, attention_up: frozenset[int]) -> str | None:
 def _inside(block: str, part: str, rest: str) -> str | None:
     """A residual block's layers have other names in sgm, an attention block's the same."""
     if part.startswith("attentions"):
-        return f"{block}.{part}.{rest}" if rest.startswith(("proj_", "transformer_blocks.")) else None
+        return f"{block}.{part}.{rest}" if rest.startswith(("norm", "proj_", "transformer_blocks.")) else None
     return f"{block}.{part}.{_RESIDUAL[rest]}" if rest in _RESIDUAL else None

@@ -199,4 +199,4 @@ def test_keys_that_belong_to_no_kind_are_named(tmp_path: Path) -> None:
     assert len(read.unused) == len(odd)
     for key in odd:
         assert sum(note.startswith(key) for note in read.unused) == 1
-    assert sum("the layer is a LoHa" in note for note in read.unused) == 2
+    assert sum("the layer has a LoHa" in note for note in read.unused) == 2

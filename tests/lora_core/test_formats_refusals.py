@@ -17,7 +17,7 @@ def test_missing_alpha_is_the_rank_and_odd_keys_are_named(tmp_path: Path) -> Non
     odd = {
         "lora_unet_nothing_real.lora_down.weight": torch.ones(1, 1),
         "bundle_emb.cat.clip_l": torch.ones(1, 8),
-        "lora_unet_mid_block_attentions_0_proj_in.oft_blocks": torch.ones(2, 2),
+        "lora_unet_nothing_real.oft_blocks": torch.ones(2, 2, 2),
         "lora_unet_nothing_real.hada_w1_a": torch.ones(2, 2),
         f"{Q}.hada_t1": torch.ones(2, 2),
         "lora_unet_mid_block_attentions_0_proj_in.alpha": torch.tensor(1.0),
@@ -32,9 +32,9 @@ def test_missing_alpha_is_the_rank_and_odd_keys_are_named(tmp_path: Path) -> Non
     notes = " ".join(read.unused)
     for word in (
         "bundled textual inversion: not supported",
-        "OFT: not supported",
+        "OFT of a layer that kohya's spelling does not name",
         "LoHa of a layer that kohya's spelling does not name",
-        "the layer is a LoRA",
+        "the layer has a LoRA",
         "a second time",
         "has no LoRA",
     ):
@@ -93,10 +93,10 @@ REFUSED: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     ),
     "loha elsewhere": ({f"{QPATH}.hada_w1_a": one}, r"LoHa \(hada_w1_a\), under names .* Save it in that"),
     "lokr": ({f"{Q}.lokr_w1": one, f"{Q}.lokr_w2_a": one}, r"lokr_w2_a without its lokr_w2_b factor"),
-    "ia3": ({f"{Q}.weight": one, f"{Q}.on_input": torch.tensor(True)}, r"\(IA\)³"),
-    "glora": ({f"{Q}.{k}.weight": one for k in ("a1", "a2", "b1", "b2")}, "GLoRA"),
+    "ia3": ({f"{QPATH}.on_input": torch.tensor(True)}, r"\(IA\)³ \(on_input\), under names"),
+    "glora": ({f"{QPATH}.{k}.weight": one for k in ("a1", "a2", "b1", "b2")}, "GLoRA .*, under names"),
     "oft": ({"oft_unet_mid_block.oft_blocks": one}, "OFT"),
-    "full": ({f"{Q}.diff": one}, "full difference"),
+    "full": ({f"{QPATH}.diff": one}, "full difference .*, under names"),
     "2022": ({"unet:0:up": one, "unet:0:down": one}, "cloneofsimo"),
     "flux": (
         renamed("lora_unet_double_blocks_0_img_attn_qkv")
