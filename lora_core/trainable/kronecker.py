@@ -10,9 +10,9 @@ from lora_core.deltas import Delta
 from lora_core.deltas.kronecker import Kronecker
 from lora_core.errors import ConfigError
 from lora_core.init import lokr
+from lora_core.terms import Kron
 from lora_core.trainable import Factors, Site, on_cpu
 from lora_core.trainable.low_rank import another_kind
-from lora_core.worn import Kron
 
 
 class TrainableKronecker(Factors):

@@ -15,7 +15,8 @@ from lora_core.deltas.hadamard import Hadamard
 from lora_core.deltas.kronecker import Kronecker
 from lora_core.deltas.magnitude import WithMagnitude
 from lora_core.targets import GROUPS, find_targets
-from lora_core.worn import Dense, Kron, wear
+from lora_core.terms import Dense, Kron
+from lora_core.worn import wear
 from tests.lora_core.test_pipeline import ALL, bits, close, dense, outputs, random_adapter, same_bits
 from tests.small_models import small_pipeline
 

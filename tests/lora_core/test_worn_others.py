@@ -224,3 +224,34 @@ def test_half_precision_is_the_same_to_its_rounding(live: LivePipeline, dtype: t
             error = (worn - exact).norm() / exact.norm()
             assert error < (3e-3 if dtype is torch.float16 else 2e-2), (kind, path, float(error))
         short.unload()
+
+
+@pytest.mark.parametrize("how", ["offloaded", "cast to fp8"])
+def test_scales_turns_and_norms_wherever_the_weight_is(how: str) -> None:
+    """Sequentially offloaded, and cast to 8 bits between the calls: as on a model that has these weights plainly."""
+    accelerate = pytest.importorskip("accelerate")
+    live, plain = (LivePipeline(small_pipeline("sd1")) for _ in range(2))
+    adapters = {
+        kind: Adapter({p: d for p, d in adapter_of(plain, kind, 1, "beside").deltas.items() if "unet." in p})
+        for kind in ("scaling", "turning", "whole", "generalized")
+    }
+    unet: Any = live.models["unet"]
+    if how == "offloaded":
+        accelerate.cpu_offload(unet, execution_device=torch.device("cpu"))
+    else:
+        unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+        with torch.no_grad():
+            for own, cast in zip(plain.models["unet"].parameters(), unet.parameters(), strict=True):
+                own.copy_(cast.float())
+    bare = outputs(live)["unet"]
+    for name, adapter in adapters.items():
+        for each in (live, plain):
+            each.load(adapter, name=name, weight=0.4)
+    worn = outputs(live)["unet"]
+    close({"unet": worn}, {"unet": outputs(plain)["unet"]})
+    assert (worn - bare).abs().max() > 1e-2
+    with pytest.raises(LoraError, match="cannot be fused"):
+        live.fuse()
+    live.unload()
+    assert torch.equal(outputs(live)["unet"], bare)
+    assert not any(m._forward_hooks for m in unet.modules())
