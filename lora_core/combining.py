@@ -15,7 +15,8 @@ With t = w · alpha/r, D = alpha/r · B A, per layer, and LoRAs that lack the la
                        (arXiv 2306.01708)
     ..._svd            the same on the D, then the best of that rank
 
-Results have scale 1. What was lost to a lower rank is said in the metadata (`LOST`), as a share of |ΔW|.
+A norm's weight, which has no rank, is combined entry by entry, and changes of biases are added: w times each. Results
+have scale 1. What was lost to a lower rank is said in the metadata (`LOST`), as a share of |ΔW|.
 """
 
 from __future__ import annotations
@@ -31,12 +32,16 @@ from torch import Tensor, nn
 from lora_core import algebra
 from lora_core.adapter import Adapter
 from lora_core.deltas import Delta, Factored
+from lora_core.deltas.bias import WithBias
+from lora_core.deltas.full import Full
 from lora_core.deltas.low_rank import LowRank
 from lora_core.deltas.magnitude import WithMagnitude
 from lora_core.errors import ConfigError, WrongFamily, did_you_mean
+from lora_core.families import by
+from lora_core.formats.kinds import kind_of_delta
 from lora_core.formats.metadata import HASHES
 from lora_core.lower_rank import LOST, Lost, check_rank, clamped, low_rank, rank_of, svd
-from lora_core.worn import original_weight
+from lora_core.worn import original_weight, weight_shape
 
 FROM = "lora_loom.combined"  # metadata: from what, and how
 
@@ -134,7 +139,8 @@ def combine(
 ) -> Adapter:
     """One LoRA out of several (LoRA, weight); see `Combination` for the fields.
 
-    What has no factors (LoKr, DoRA) goes by an svd method; a DoRA needs `layers` as well, adapter path -> the layer
+    What has no factors (LoKr, DoRA, (IA)³, GLoRA, OFT, a whole difference) goes by an svd method; where ΔW depends on
+    the base's weight (all of these but LoKr and the difference) `layers` are needed as well, adapter path -> the layer
     that holds W0. Raises ConfigError for fields and weights that make no sense together and for ranks that
     differ where they must not, WrongFamily for LoRAs of different models.
     """
@@ -152,7 +158,7 @@ def combine(
     for path in dict.fromkeys(path for adapter, _ in adapters for path in adapter.deltas):
         parts = [(adapter.deltas[path], float(w)) for adapter, w in adapters if path in adapter.deltas]
         layer = (layers or {}).get(path)
-        deltas[path] = _by_svd(path, parts, how, layer, sums) if how.by_svd else _by_factors(path, parts, how)
+        deltas[path] = _combined(path, parts, how, layer, sums)
     said = ", ".join(f"{a.name or 'a LoRA'} {w:g}" for a, w in adapters) + f"; {method}"
     metadata = {FROM: said} | ({LOST: f"{sums.share:.6f}"} if how.by_svd else {})
     return Adapter(deltas, metadata, family, name)
@@ -168,20 +174,27 @@ def resize(
 ) -> Adapter:
     """The best LoRA of this rank, or of the smallest rank per layer that keeps this share (0..1) of |ΔW|².
 
-    What has factors never gets a higher rank than before. A DoRA needs `layers`, as in `combine`.
+    What has factors never gets a higher rank than before. Norms and biases stay as they are. A DoRA, and what else
+    depends on the base, needs `layers`, as in `combine`.
     """
     check_rank(rank, energy)
     sums = Lost()
     deltas: dict[str, Delta] = {}
-    for path, delta in adapter.deltas.items():
-        down, up, values = _decomposed(path, [(delta, 1.0)], (layers or {}).get(path))
+    for path, whole in adapter.deltas.items():
+        delta = whole.inner if isinstance(whole, WithBias) else whole
+        if delta is None or _is_of_norm(delta):
+            deltas[path] = whole
+            continue
+        layer = (layers or {}).get(path)
+        down, up, values = _decomposed(path, [(delta, 1.0)], layer)
         if energy is None:
             assert rank is not None
             kept = min(rank, len(values))
         else:
             kept = rank_of(values, energy)
         sums.add(values.square().sum(), values[kept:].square().sum())
-        deltas[path] = _low_rank(down[:kept], up[:, :kept], delta)
+        low = _low_rank(down[:kept], up[:, :kept], [(delta, 1.0)], layer)
+        deltas[path] = replace(whole, inner=low) if isinstance(whole, WithBias) else low
     kept_facts = {
         key: value for key, value in adapter.metadata.items() if key not in HASHES
     }  # of other tensors
@@ -205,6 +218,30 @@ def _one_family(adapters: Sequence[tuple[Adapter, float]]) -> str | None:
     return next(iter(families), None)
 
 
+def _combined(
+    path: str, parts: Sequence[tuple[Delta, float]], how: Combination, layer: nn.Module | None, sums: Lost
+) -> Delta:
+    biases = [(delta.bias, w) for delta, w in parts if isinstance(delta, WithBias)]
+    inner = [(delta.inner if isinstance(delta, WithBias) else delta, w) for delta, w in parts]
+    changes = [(delta, w) for delta, w in inner if delta is not None]
+    change: Delta | None = None
+    if changes and all(_is_of_norm(delta) for delta, _ in changes):
+        norms = [delta.tensors()["diff"] for delta, _ in changes]
+        change = Full(
+            _merged([t.float() for t in norms], torch.tensor([w for _, w in changes]), how).to(norms[0])
+        )
+    elif changes:
+        change = _by_svd(path, changes, how, layer, sums) if how.by_svd else _by_factors(path, changes, how)
+    if not biases:
+        assert change is not None
+        return change
+    return WithBias(change, torch.stack([w * b.float() for b, w in biases]).sum(0).to(biases[0][0]))
+
+
+def _is_of_norm(delta: Delta) -> bool:
+    return isinstance(delta, Full) and len(delta.shape()) == 1
+
+
 # --- on the factors ------------------------------------------------------------------------------------------
 
 
@@ -217,7 +254,7 @@ def _by_factors(path: str, parts: Sequence[tuple[Delta, float]], how: Combinatio
         strengths.append(weight * scale)
     if how.method == "cat":
         down = torch.cat([t * d for t, d in zip(strengths, downs, strict=True)])
-        return _low_rank(down, torch.cat(ups, dim=1), parts[0][0])
+        return _low_rank(down, torch.cat(ups, dim=1), parts)
     ranks = {len(down) for down in downs}
     if len(ranks) > 1:
         raise ConfigError(
@@ -227,7 +264,7 @@ def _by_factors(path: str, parts: Sequence[tuple[Delta, float]], how: Combinatio
     roots = torch.tensor([abs(t) ** 0.5 for t in strengths])
     signs = torch.tensor([-1.0 if t < 0 else 1.0 for t in strengths])
     # the sign on one side only, or two would cancel
-    return _low_rank(_merged(downs, roots * signs, how), _merged(ups, roots, how), parts[0][0])
+    return _low_rank(_merged(downs, roots * signs, how), _merged(ups, roots, how), parts)
 
 
 def _factors(path: str, delta: Delta, method: str) -> tuple[Tensor, Tensor, float]:
@@ -237,8 +274,8 @@ def _factors(path: str, delta: Delta, method: str) -> tuple[Tensor, Tensor, floa
     form = delta.low_rank_form()
     if form is None:
         raise ConfigError(
-            f"{path} is a {type(delta).__name__}, which has no factors that {method} could work on. Use an svd method, "
-            "for a DoRA with the base model's layers."
+            f"{path} is of the kind {_kind(delta)}, which has no factors that {method} could work on. Use an svd "
+            f"method{', with the layers of the base model' if delta.needs_original else ''}."
         )
     return algebra.flat(form[0]), algebra.flat(form[1]), 1.0
 
@@ -301,7 +338,7 @@ def _by_svd(
         whole = up @ down
         down, up = clamped(down, up, how.clamp)
         sums.add(0, (whole - up @ down).square().sum())
-    return _low_rank(down, up, parts[0][0])
+    return _low_rank(down, up, parts, layer)
 
 
 def _decomposed(
@@ -323,12 +360,18 @@ def _dense(path: str, delta: Delta, layer: nn.Module | None) -> Tensor:
     form = delta.low_rank_form()
     if form is not None:
         return algebra.flat(form[1]) @ algebra.flat(form[0])
-    if not isinstance(delta, WithMagnitude):
+    if not delta.needs_original:
         return algebra.flat(delta.delta(torch.zeros(delta.shape())))  # made of its factors alone
     if layer is None:
         raise ConfigError(
-            f"{path} is a DoRA, whose change needs the base model's weight. Give the layers of the model it was "
-            "trained on."
+            f"{path} is of the kind {_kind(delta)}, whose change needs the base model's weight. Give the layers of the "
+            "model it was trained on."
+        )
+    out, inner = weight_shape(layer)
+    if not delta.fits((out, *inner)):
+        raise WrongFamily(
+            f"{path} changes a weight of {by(delta.shape())}, and the layer given has {by((out, *inner))}. Give the "
+            "layers of the model it was trained on."
         )
     return algebra.flat(delta.delta(original_weight(layer, path).cpu().float()))
 
@@ -337,14 +380,28 @@ def _rank(path: str, delta: Delta) -> int:
     inner = delta.inner if isinstance(delta, WithMagnitude) else delta
     if not isinstance(inner, Factored):
         raise ConfigError(
-            f"{path} is a {type(inner).__name__}, which has no rank of its own: give the result's rank."
+            f"{path} is of the kind {_kind(inner)}, which has no rank of its own: give the result's rank."
         )
     return inner.rank
 
 
-def _low_rank(down: Tensor, up: Tensor, like: Delta) -> LowRank:
-    """In the shape and dtype of the layer's files; scale 1."""
-    return low_rank(down, up, like.shape(), next(iter(like.tensors().values())).dtype)
+def _kind(delta: Delta) -> str:
+    if isinstance(delta, WithMagnitude):
+        return "DoRA"
+    kind = kind_of_delta(delta)
+    return type(delta).__name__ if kind is None else kind.name
+
+
+def _low_rank(
+    down: Tensor, up: Tensor, parts: Sequence[tuple[Delta, float]], layer: nn.Module | None = None
+) -> LowRank:
+    """In the shape and dtype of the first layer that tells one, else of the base's; scale 1."""
+    told = [delta.shape() for delta, _ in parts if len(delta.shape()) > 1 and -1 not in delta.shape()]
+    if not told:  # what tells no shape has asked for the layer before
+        assert layer is not None
+        out, inner = weight_shape(layer)
+        told = [(out, *inner)]
+    return low_rank(down, up, told[0], next(iter(parts[0][0].tensors().values())).dtype)
 
 
 def _with_svd(method: str) -> str:

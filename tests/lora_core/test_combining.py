@@ -203,7 +203,7 @@ def test_dora_needs_the_base_and_then_is_right() -> None:
     layer = layer_of(model, "linear").base_layer
     magnitude = layer.weight.detach().norm(dim=1, keepdim=True) * 1.3
     a.deltas["unet.linear"] = WithMagnitude(a.deltas["unet.linear"], magnitude)
-    with pytest.raises(ConfigError, match=r"unet\.linear is a WithMagnitude.*svd"):
+    with pytest.raises(ConfigError, match=r"unet\.linear is of the kind DoRA, .*svd"):
         combine([(a, 0.8), (b, 0.5)], "linear")
     with pytest.raises(ConfigError, match="needs the base model"):
         combine([(a, 0.8), (b, 0.5)], "svd", rank=18)
@@ -228,7 +228,7 @@ def test_a_lokr_needs_no_base() -> None:
     total = 0.5 * lokr.delta(weight) - b.deltas["unet.x"].delta(weight)
     one = combine([(a, 0.5), (b, -1.0)], "svd", rank=18)
     torch.testing.assert_close(one.deltas["unet.x"].delta(weight), total, atol=1e-4, rtol=1e-5)
-    with pytest.raises(ConfigError, match="Kronecker, which has no factors"):
+    with pytest.raises(ConfigError, match="kind LoKr, which has no factors"):
         combine([(a, 0.5), (b, -1.0)])
     small = resize(a, rank=2)
     values = torch.linalg.svdvals(lokr.delta(weight))
