@@ -42,6 +42,7 @@ _LISTS = ("weights", "sheet_weights", "sheet_seeds")
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     base: str = "demo"
+    quantize: str | None = None  # "nf4", "int8" or "fp8": the base in fewer bits
     prompt: str = ""
     negative_prompt: str = ""
     seed: int = 0
@@ -160,7 +161,7 @@ def make(recipe: Recipe) -> Iterator[str]:
     cells = recipe.cells()
     if cells:
         checked(request, cells)
-    pipe = LivePipeline.open(recipe.base)
+    pipe = LivePipeline.open(recipe.base, quantize=recipe.quantize)
     yield f"{pipe.base_name}: {pipe.family.title}"
     names: dict[str, WeightValue] = {}
     for file, weight in recipe.loras.items():

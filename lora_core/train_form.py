@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lora_core.adapter import Adapter, file_path
+from lora_core.cast_training import let_gradients_through
 from lora_core.config import LoraConfig
 from lora_core.errors import ConfigError, LoraError
 from lora_core.quantised import count_weights
@@ -69,7 +70,7 @@ class LoraForm(nn.Module):
         self._handles: list[RemovableHandle] = []
         self._frozen: list[nn.Parameter] = []  # base parameters that were trainable before attach
         self._models: dict[str, nn.Module] = {}
-        self._undo: list[Undo] = []  # where a quantised base was given other weights to keep
+        self._undo: list[Undo] = []  # of what was done to a quantised base
 
     def parameter_groups(
         self, learning_rate: float | Mapping[str, float], *, ratio: float = 1.0
@@ -168,6 +169,7 @@ def attach(
     except BaseException:
         _take_back(form)
         raise
+    form._undo += let_gradients_through(parts)
     for layer in form.layers:
         assert isinstance(layer, TrainableLayer)
         form._hook(layer, layer.site.layer)

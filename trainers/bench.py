@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from lora_core.errors import ConfigError
 from lora_core.formats import read_adapter
+from lora_core.init_names import is_from_base
 from lora_core.models import OpenedBase, open_base
 from lora_core.pipeline import LivePipeline
 from lora_core.train_form import LoraForm, attach
@@ -49,14 +50,17 @@ def prepare(config: TrainConfig, folder: RunFolder, stop: StopRequest, emit: eve
     torch.manual_seed(config.seed)
     name = precision(config)
     accelerator = Accelerator(mixed_precision=MIXED[name])
-    opened = open_base(config.base, device=accelerator.device, dtype=DTYPES[name])
+    quantize = None if config.train.quantize == "none" else config.train.quantize
+    opened = open_base(config.base, device=accelerator.device, dtype=DTYPES[name], quantize=quantize)
+    if opened.quantised is not None:
+        emit(events.Note(text=str(opened.quantised)))
     pipeline = opened.pipeline
     live = LivePipeline(pipeline, opened=opened)
     schedule = NoiseSchedule.from_scheduler(pipeline.scheduler)
     dataset = find_pictures(config, live, stop, emit)
     if config.train.channels_last:
         pipeline.unet.to(memory_format=torch.channels_last)
-    form = attach_lora(config, live)
+    form = attach_lora(config, live, opened)
     if config.train.gradient_checkpointing:
         checkpoint_activations(live)
     cache = None
@@ -133,11 +137,17 @@ def find_pictures(config: TrainConfig, live: LivePipeline, stop: StopRequest, em
     )
 
 
-def attach_lora(config: TrainConfig, live: LivePipeline) -> LoraForm:
+def attach_lora(config: TrainConfig, live: LivePipeline, opened: OpenedBase) -> LoraForm:
     names = [c for c in live.models if c == "unet" or config.train.trains_text_encoder]
     start = read_adapter(config.lora.start_from) if config.lora.start_from else None
+    # what is taken from the base must come out the same when a run is resumed: the state builds upon it
+    generator = torch.Generator(opened.pipeline.device).manual_seed(config.seed)
     return attach(
-        {c: live.models[c] for c in names}, {c: config.lora.lora_config(c) for c in names}, start=start
+        {c: live.models[c] for c in names},
+        {c: config.lora.lora_config(c) for c in names},
+        start=start,
+        generator=generator if is_from_base(config.lora.init) else None,
+        originals=opened.original if opened.quantised else None,
     )
 
 

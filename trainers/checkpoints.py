@@ -42,6 +42,8 @@ def save_state(
     tensors: dict[str, Tensor] = {"rng.run": generator.get_state(), "rng.torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    for name, start in form.named_buffers():
+        tensors[f"start.{name}"] = start
     for name, p in form.named_parameters():
         tensors[f"lora.{name}"] = p.detach()
         for key, value in optimizer.state[p].items():
@@ -69,6 +71,7 @@ def load_state(
             f"{path.name} belongs to another training: it holds {len(found)} tensors, this run trains {len(wanted)}, "
             "or their shapes differ. Resume with the preset the run was started with."
         )
+    refuse_other_start(path, form, tensors)
     with torch.no_grad():
         for name, p in form.named_parameters():
             p.copy_(tensors[f"lora.{name}"])
@@ -83,6 +86,18 @@ def load_state(
     if scaler is not None and facts["scaler"]:
         scaler.load_state_dict(facts["scaler"])
     return Position(**facts["position"])
+
+
+def refuse_other_start(path: Path, form: LoraForm, tensors: dict[str, Tensor]) -> None:
+    """PiSSA and its like train the difference to factors that were computed from the base: another machine may compute
+    others, and then what was saved means something else."""
+    for name, start in form.named_buffers():
+        saved = tensors.get(f"start.{name}")
+        if saved is None or not torch.equal(saved, start.detach().cpu()):
+            raise FileRefused(
+                f"{path.name} was begun from other factors of the base than are computed here ({name}): on another "
+                "kind of machine, or by another torch. Resume where it was begun, or start_from its LoRA file."
+            )
 
 
 def state_path(folder: Path, step: int) -> Path:

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from lora_core.config import LoraConfig
 from lora_core.errors import ConfigError
+from lora_core.init_names import is_from_base
 from trainers.config_table import (
     AnyPath,
     BaseName,
@@ -56,8 +57,14 @@ class LoraSettings(Table):
     """LoKr alone: rows and columns of the small factor; -1: near the square root of the layer's."""
     decompose_both: bool = False
     """LoKr alone: split the small factor by `rank` as well."""
-    init: Literal["gaussian", "kaiming", "random"] = "gaussian"
-    """How the factors begin; "random" does not begin at the base model and is for experiments."""
+    init: Literal[
+        "gaussian", "kaiming", "random", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "loftq"
+    ] = "gaussian"
+    """How the factors begin. "pissa" (arXiv 2404.02948), faster with "_niter_4" or "_niter_16", and "olora"
+    (2406.01775) begin as a part of the base's weights; "loftq" (2310.08659) makes up for what train.quantize lost.
+    Their files have twice the rank. "random" does not begin at the base model and is for experiments."""
+    loftq_iterations: int = 1
+    """Turns of quantising and making up for it, with init = "loftq"."""
     rank_stabilized: bool = False
     """alpha/sqrt(rank) instead of alpha/rank (arXiv 2312.03732)."""
     targets: Strings = ("attention",)
@@ -116,6 +123,7 @@ class LoraSettings(Table):
             modules_to_save=self.modules_to_save if unet else self.text_encoder_modules_to_save,
             bias=self.bias,
             init=self.init,
+            loftq_iterations=self.loftq_iterations,
             rank_stabilized=self.rank_stabilized,
             rank_pattern=dict(self.rank_pattern),
             alpha_pattern=dict(self.alpha_pattern),
@@ -211,6 +219,9 @@ class TrainSettings(Table):
     """Gradients longer than this are shortened to it."""
     base_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the frozen base model; the LoRA itself is always fp32. "auto" asks the device."""
+    quantize: Literal["none", "nf4", "int8", "fp8"] = "none"
+    """Keep the frozen base in fewer bits (QLoRA, arXiv 2305.14314): "nf4" takes a good quarter of fp16's memory and
+    "int8" half, in the linear layers; "fp8" half, in the UNet. A little slower. nf4 and int8 need bitsandbytes."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: far less memory, about a third slower."""
     cache_latents: bool = True
@@ -348,6 +359,16 @@ class TrainConfig(Table):
                     "train.text_encoder_learning_rate = 0: leave it out, or raise the rate."
                 )
         self._check_spelling()
+        if self.lora.init == "loftq" and self.train.quantize == "none":
+            raise ConfigError(
+                'lora.init = "loftq" makes up for what quantising loses, and train.quantize = "none". Set '
+                'train.quantize = "nf4", or lora.init = "pissa".'
+            )
+        if self.lora.start_from is not None and is_from_base(self.lora.init):
+            raise ConfigError(
+                f'lora.init = "{self.lora.init}" begins from the base, and lora.start_from is another beginning: '
+                "leave one of them out."
+            )
         return self
 
     def _check_spelling(self) -> None:

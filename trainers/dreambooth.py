@@ -25,6 +25,7 @@ from accelerate.state import AcceleratorState
 
 from lora_core.errors import ConfigError, LoraError, NotFinite, SaveFailed, Stopped
 from lora_core.formats import read_adapter
+from lora_core.quantised import count_weights
 from lora_core.safe_files import tensors_sha256
 from lora_core.train_form import detach
 from trainers import checkpoints, events, losses, optim, previews
@@ -140,7 +141,7 @@ def announce(bench: Bench, first: int) -> None:
             device=str(bench.device),
             dtype=precision(bench.config),
             trainable=sum(p.numel() for p in bench.form.parameters()),
-            total=sum(p.numel() for m in (*live.models.values(), live.pipeline.vae) for p in m.parameters()),
+            total=sum(count_weights(m) for m in (*live.models.values(), live.pipeline.vae)),
             layers=len(bench.form.paths),
             images=len(dataset.instances),
             class_images=len(dataset.classes),

@@ -100,6 +100,8 @@ def facts(config: TrainConfig, opened: OpenedBase, *, step: int, dataset: Datase
     }
     if config.data.prompt:
         words["modelspec.trigger_phrase"] = config.data.prompt
+    if opened.quantised is not None:
+        words["loom.quantized_base"] = opened.quantised.kind
     return {**{k: str(v) for k, v in words.items()}, "loom.preset": presets.dump(without_folders(config))}
 
 
