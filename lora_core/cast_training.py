@@ -36,7 +36,7 @@ class _Widened(torch.autograd.Function):
         weight = layer.weight.to(grad.dtype)
         if not isinstance(layer, nn.Conv2d):
             return (grad @ weight).to(ctx.dtype), None
-        back = conv2d_input(
+        back: Tensor = conv2d_input(  # type: ignore[no-untyped-call]
             ctx.shape, weight, grad, layer.stride, layer.padding, layer.dilation, layer.groups
         )
         return back.to(ctx.dtype), None
