@@ -21,6 +21,7 @@ from trainers.config import TrainConfig
 from trainers.control import StopRequest
 from trainers.dataset import Dataset, scan
 from trainers.diffusion import NoiseSchedule
+from trainers.finish import try_spelling
 from trainers.run_folder import RunFolder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -61,6 +62,7 @@ def prepare(config: TrainConfig, folder: RunFolder, stop: StopRequest, emit: eve
     if config.train.channels_last:
         pipeline.unet.to(memory_format=torch.channels_last)
     form = attach_lora(config, live, opened)
+    try_spelling(config, form, opened)
     if config.train.gradient_checkpointing:
         checkpoint_activations(live)
     cache = None

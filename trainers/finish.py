@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,16 @@ def write_lora(
     written = write_adapter(adapter, path, spelling=config.save.spelling, dtype=dtype, metadata=metadata)
     compare(read_adapter(written), adapter, dtype, written)
     return written
+
+
+def try_spelling(config: TrainConfig, form: LoraForm, opened: OpenedBase) -> None:
+    """Raises ConfigError, before a step is taken, where the file's spelling has no words for a layer that is trained:
+    diffusers' has none for embeddings."""
+    if config.save.spelling == "kohya":  # has words for everything that trains
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        adapter = collect(form, family=opened.family.key)
+        write_adapter(adapter, Path(folder) / "trial", spelling=config.save.spelling)
 
 
 def compare(found: Adapter, meant: Adapter, dtype: torch.dtype, path: Path) -> None:
