@@ -75,6 +75,55 @@ def test_whatever_is_dumped_loads_back_equal(
     assert presets.load(path) == config
 
 
+def test_every_setting_of_the_lora_is_spelled_and_read_back(tmp_path: Path) -> None:
+    """One line for each, none left at its default, and --set spells them too."""
+    text = """
+rank = 3
+alpha = 5.0
+dropout = 0.05
+kind = "lokr"
+variant = "dora"
+factor = 4
+decompose_both = true
+init = "random"
+rank_stabilized = true
+targets = ["to_q"]
+text_encoder_targets = ["q_proj"]
+exclude = ["attn2.to_q"]
+layers_to_transform = [0, 1]
+layers_pattern = ["transformer_blocks"]
+text_encoder_layers_to_transform = [1]
+modules_to_save = ["conv_in"]
+text_encoder_modules_to_save = ["final_layer_norm"]
+bias = "lora_only"
+rank_pattern = {"to_q" = 2}
+alpha_pattern = {"to_q" = 4.0}
+start_from = "it.safetensors"
+"""
+    config = presets.load(
+        write(tmp_path, "all.toml", LEAST + f"[lora]{text}"),
+        ["lora.layers_to_transform=[2]", "lora.factor=8"],
+    )
+    assert config.lora.layers_to_transform == (2,)
+    defaults = type(config.lora)()
+    new = (
+        "kind",
+        "factor",
+        "decompose_both",
+        "layers_to_transform",
+        "layers_pattern",
+        "modules_to_save",
+        "bias",
+    )
+    assert all(getattr(config.lora, name) != getattr(defaults, name) for name in new)
+    assert presets.load(write(tmp_path, "dumped.toml", presets.dump(config))) == config
+    unet, words = config.lora.lora_config("unet"), config.lora.lora_config("text_encoder")
+    assert (unet.kind, unet.factor, unet.decompose_both, unet.bias) == ("lokr", 8, True, "lora_only")
+    assert (unet.layers_to_transform, unet.layers_pattern) == ((2,), ("transformer_blocks",))
+    assert (words.layers_to_transform, words.layers_pattern) == ((1,), ())
+    assert (unet.modules_to_save, words.modules_to_save) == (("conv_in",), ("final_layer_norm",))
+
+
 def test_paths_are_relative_to_the_file_that_names_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
