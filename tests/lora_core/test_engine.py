@@ -110,6 +110,14 @@ def test_a_change_from_another_thread_acts_from_the_next_step_on(live: LivePipel
     assert same_until(unchanged, latents_of(live)) == STEPS
 
 
+def test_a_weight_changed_at_step_10_of_25_leaves_ten_latents_and_alters_the_eleventh(
+    live: LivePipeline,
+) -> None:
+    unchanged = latents_of(live, steps=25)
+    assert len(unchanged) == 25
+    assert same_until(unchanged, latents_of(live, 10, lambda: CHANGES["set_weights"](live), steps=25)) == 10
+
+
 def test_what_follows_a_change_is_what_the_new_mix_would_make_of_that_latent(live: LivePipeline) -> None:
     """The tail of a changed run equals a run of the new mix, started from the latent at which it changed."""
     live.set_weights({"a": 0.8})
