@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import sys
 
-BENCHMARKS = {"swap": "loading, weighing, fusing and undoing LoRAs, beside diffusers + PEFT"}
+BENCHMARKS = {
+    "swap": "loading, weighing, fusing and undoing LoRAs, beside diffusers + PEFT",
+    "method": "DoRA, combining and attaching, beside PEFT",
+}
 
 
 def main(arguments: list[str]) -> int:

@@ -1,0 +1,58 @@
+"""The method itself beside PEFT, in one process: DoRA's extra, combining by SVD, attaching.
+
+    python -m benchmarks.method                                 SD 1.5's and SDXL's sizes
+    python -m benchmarks.method --size tiny --repeats 1         does it run at all
+    python -m benchmarks.method --only dora --dtype float32
+
+Every figure is a median of n rounds in which both sides take turns, after a warm-up, with the garbage collector off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from benchmarks import method_rows, swap_models
+from benchmarks.measure import Row, machine, quiet, table
+from benchmarks.method_rows import Setting
+from benchmarks.swap import positive
+
+ROWS: dict[str, Callable[[Setting], Iterator[Row]]] = {
+    "dora": method_rows.dora,
+    "memory": method_rows.memory,
+    "step": method_rows.step,
+    "combine": method_rows.combine_by_svd,
+    "attach": method_rows.attach_to_unet,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Row]:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.method", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--size", choices=("tiny", "full"), default="full")
+    parser.add_argument("--dtype", choices=swap_models.DTYPES, default="float32", help="of the base weights")
+    parser.add_argument("--only", nargs="+", choices=ROWS, metavar="NAME", help=", ".join(ROWS))
+    parser.add_argument(
+        "--repeats", type=positive, default=5, metavar="N", help="rounds per median (default: 5)"
+    )
+    options = parser.parse_args(arguments)
+    rows: list[Row] = []
+    setting = Setting(options.size == "tiny", swap_models.DTYPES[options.dtype], options.repeats)
+    with quiet():
+        for name, measure in ROWS.items():
+            if options.only is None or name in options.only:
+                start = time.perf_counter()
+                for row in measure(setting):
+                    rows.append(row)
+                    print(f"{row.what}: {row.ours} {row.unit}, peer {row.peer}", file=sys.stderr, flush=True)
+                print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    facts = {**machine(), "dtype": options.dtype}
+    print(f"\n{', '.join(f'{name}: {value}' for name, value in facts.items())}\n\n{table(rows)}")
+    return rows
+
+
+if __name__ == "__main__":
+    main()
