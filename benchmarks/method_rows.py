@@ -188,7 +188,9 @@ def combine_by_svd(setting: Setting) -> Iterator[Row]:
     """Two LoRAs of rank 32 into one, beside PEFT's add_weighted_adapter(combination_type="svd") as it comes."""
     rank, side, count = (4, 32, 2) if setting.tiny else (32, 1280, 12)
     model = nn.ModuleDict({f"layer{i}": nn.Linear(side, side, bias=False) for i in range(count)})
-    config = peft.LoraConfig(r=rank, lora_alpha=rank // 2, target_modules=list(model), init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=rank // 2, target_modules=list(model), init_lora_weights=False
+    )
     theirs = LoraModel(copy.deepcopy(model), config, "a")
     theirs.peft_config["b"] = config
     theirs.inject_adapter(theirs.model, "b")

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+ROWS = 2**20  # elements of a weight taken to fp32 at a time where only sums along its rows are wanted
 CANCELLING = 1e-3  # rows with |V|^2 below this share of |W|^2 lose digits in the factored norm: see row_norms
 
 
@@ -192,7 +193,12 @@ def difference(down: Tensor, up: Tensor, down0: Tensor, up0: Tensor) -> tuple[Te
 
 def row_norms_squared(weight: Tensor) -> Tensor:
     """n0 = rowsum(W^2), (out,)."""
-    return flat(weight).square().sum(1)
+    return torch.cat([flat(rows).square().sum(1) for rows in some_rows(weight)])
+
+
+def some_rows(weight: Tensor) -> tuple[Tensor, ...]:
+    """Its rows, a few at a time: no second tensor of a weight's size is made."""
+    return torch.split(weight, max(1, ROWS // weight[0].numel()))
 
 
 def row_norms(weight: Tensor, down: Tensor, up: Tensor, *, scale: float, n0: Tensor | None = None) -> Tensor:
@@ -201,12 +207,13 @@ def row_norms(weight: Tensor, down: Tensor, up: Tensor, *, scale: float, n0: Ten
     |V|^2 = n0 + 2 s rowsum((W A^T) * B) + s^2 rowsum((B (A A^T)) * B). Relative error <= 2.5e-7 for ordinary
     rows; where V nearly cancels W (|V|^2 < 1e-3 n0) the terms cancel too, and those rows are computed densely.
     """
-    w, a, b = flat(weight), flat(down), flat(up)
+    a, b = flat(down), flat(up)
     n0 = row_norms_squared(weight) if n0 is None else n0
-    squared = n0 + 2 * scale * ((w @ a.T) * b).sum(1) + scale**2 * ((b @ (a @ a.T)) * b).sum(1)
+    wa = torch.cat([flat(rows) @ a.T for rows in some_rows(weight)])  # (out, r)
+    squared = n0 + 2 * scale * (wa * b).sum(1) + scale**2 * ((b @ (a @ a.T)) * b).sum(1)
     cancelling = squared < CANCELLING * n0
     if bool(cancelling.any()):
-        squared[cancelling] = (w[cancelling] + scale * (b[cancelling] @ a)).square().sum(1)
+        squared[cancelling] = (flat(weight[cancelling]) + scale * (b[cancelling] @ a)).square().sum(1)
     return squared.sqrt()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import swap
+from benchmarks import method, swap
 from benchmarks.measure import Row, figure, interleaved, operations, table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +47,14 @@ def test_every_row_is_in_the_table_with_finite_figures(
     written = json.loads(report.read_text(encoding="utf-8"))
     assert [line["what"] for line in written["rows"]] == [row.what for row in rows]
     assert written["machine"]["dtype"] == "bfloat16"
+
+
+def test_every_row_of_the_method_is_in_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = method.main(["--size", "tiny", "--repeats", "1"])
+    assert {row.name for row in rows} == set(method.ROWS)
+    assert all(row.ours is not None and math.isfinite(row.ours) for row in rows)
+    printed = capsys.readouterr().out
+    assert all(f"\n| {row.name} | {row.what} |" in printed for row in rows)
 
 
 def test_an_unknown_row_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

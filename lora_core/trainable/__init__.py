@@ -126,6 +126,12 @@ class Factors(nn.Module, ABC):
     def change(self, x: Tensor) -> Tensor:
         """ΔW x in the layer's own geometry, shaped like its output. `x` is fp32, or an embedding's numbers."""
 
+    def gained(self, x: Tensor, gain: Tensor, offset: Tensor | None) -> Tensor:
+        """gain ⊙ ΔW x + offset, both (out,). Kinds whose rows are cheaper to scale than their outputs do so."""
+        change = self.change(x)
+        change = along_outputs(gain, self.site.layer, change) * change
+        return change if offset is None else change + along_outputs(offset, self.site.layer, change)
+
     @abstractmethod
     def row_norms(self, weight: Tensor, n0: Tensor) -> Tensor:
         """|W + ΔW| per output, (out,), fp32; `n0` is rowsum(W²)."""
@@ -142,3 +148,10 @@ class Factors(nn.Module, ABC):
 def on_cpu(parameter: Tensor) -> Tensor:
     """A copy that training no longer changes."""
     return parameter.detach().cpu().clone()
+
+
+def along_outputs(vector: Tensor, layer: nn.Module, out: Tensor) -> Tensor:
+    """(out,) shaped to meet the output `out`: (N, out, ...) of convolutions and group norms, else (..., out)."""
+    if isinstance(layer, nn.Conv2d | nn.GroupNorm):
+        return vector.reshape(-1, *[1] * (out.dim() - 2))
+    return vector

@@ -29,8 +29,17 @@ class TrainableLowRank(Factors):
         return site.config.kind == "lora" and not site.is_embedding
 
     def change(self, x: Tensor) -> Tensor:
-        low = through(self.site.layer, x, self.down)
-        return (F.conv2d(low, self.up) if self.up.dim() == 4 else F.linear(low, self.up)) * self.site.scale
+        return self._through(x, self.down, self.up)
+
+    def gained(self, x: Tensor, gain: Tensor, offset: Tensor | None) -> Tensor:
+        up = self.up * gain.reshape(-1, *[1] * (self.up.dim() - 1))
+        return self._through(x, self.down, up, offset)
+
+    def _through(self, x: Tensor, down: Tensor, up: Tensor, offset: Tensor | None = None) -> Tensor:
+        low = (
+            through(self.site.layer, x, down) * self.site.scale
+        )  # before `up`, where there is least to scale
+        return F.conv2d(low, up, offset) if up.dim() == 4 else F.linear(low, up, offset)
 
     def row_norms(self, weight: Tensor, n0: Tensor) -> Tensor:
         return algebra.row_norms(weight, self.down, self.up, scale=self.site.scale, n0=n0)

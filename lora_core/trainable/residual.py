@@ -12,7 +12,6 @@ from lora_core.errors import ConfigError
 from lora_core.init_names import is_from_base, pissa_iterations
 from lora_core.trainable import Factors, Site, on_cpu
 from lora_core.trainable.low_rank import TrainableLowRank
-from lora_core.worn import through
 
 
 class TrainableResidual(TrainableLowRank):
@@ -70,9 +69,8 @@ class TrainableResidual(TrainableLowRank):
             return self._through(F.dropout(x, rate), self.down, self.up) - taken_out
         return self._through(x, *self.difference())
 
-    def _through(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        low = through(self.site.layer, x, down)
-        return (F.conv2d(low, up) if up.dim() == 4 else F.linear(low, up)) * self.site.scale
+    def gained(self, x: Tensor, gain: Tensor, offset: Tensor | None) -> Tensor:
+        return Factors.gained(self, x, gain, offset)  # around `change`, which is more than one product
 
     def row_norms(self, weight: Tensor, n0: Tensor) -> Tensor:
         down, up = (self.down, self.up) if self.in_base else self.difference()
