@@ -54,8 +54,8 @@ def strength(
     """|sum w ΔW| / |W| per block (Frobenius norms, no unit), over the layers in `changes`: adapter path -> (w, ΔW).
 
     LoRAs that pull the same way add up in it, and opposite ones cancel. Layers that no LoRA touches do not count,
-    or a LoRA of the attention alone would look weak. Linear in the weights of a block. The layers must hold W0:
-    unfuse first.
+    or a LoRA of the attention alone would look weak. Biases do not count. Linear in the weights of a
+    block. The layers must hold W0: unfuse first.
     """
     moved: dict[str, float] = {}
     whole: dict[str, float] = {}

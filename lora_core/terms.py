@@ -77,7 +77,8 @@ class Turn:
     def term(self, layer: nn.Module, x: Tensor, base_out: Tensor) -> Tensor:
         outputs = 1 if isinstance(layer, nn.Conv2d) else -1
         first = _plain(layer, base_out, self.bias).movedim(outputs, 0)  # (out, ...)
-        turned = algebra.turned(first.flatten(1), self.stages, self.rescale)
+        own = self.stages[0][0].dtype  # autocast: the layer's own dtype, as for x
+        turned = algebra.turned(first.flatten(1).to(own), self.stages, self.rescale)
         return turned.reshape(first.shape).movedim(0, outputs)
 
     def delta(self, rows: slice, original: Tensor) -> Tensor:
