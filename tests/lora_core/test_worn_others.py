@@ -17,6 +17,8 @@ from lora_core.deltas.full import Full
 from lora_core.deltas.low_rank import LowRank
 from lora_core.errors import LoraError, WrongFamily
 from lora_core.mix import AdapterWeight
+from lora_core.quantised import quantise
+from lora_core.storages import dequantised, storage_of
 from lora_core.terms import Dense, Gain, InputGain, Turn
 from lora_core.worn import wear
 from tests.lora_core.kinds_by_hand import KINDS, adapter_of, generalized, scaling, turning, wearers
@@ -226,9 +228,18 @@ def test_half_precision_is_the_same_to_its_rounding(live: LivePipeline, dtype: t
         short.unload()
 
 
-@pytest.mark.parametrize("how", ["offloaded", "cast to fp8"])
+@torch.no_grad()
+def as_it_computes(kept: nn.Module, plain: nn.Module) -> None:
+    """Into `plain` the numbers that `kept`, which keeps them in fewer bits, computes with."""
+    packed = {f"{path}.weight": m for path, m in kept.named_modules() if storage_of(m) is not None}
+    for (name, own), other in zip(plain.named_parameters(), kept.parameters(), strict=True):
+        own.copy_(dequantised(packed[name]) if name in packed else other.float())
+
+
+@pytest.mark.parametrize("how", ["offloaded", "cast to fp8", "packed as nf4"])
 def test_scales_turns_and_norms_wherever_the_weight_is(how: str) -> None:
-    """Sequentially offloaded, and cast to 8 bits between the calls: as on a model that has these weights plainly."""
+    """Sequentially offloaded, cast to 8 bits between the calls, or packed: as on a model that has these weights
+    plainly."""
     accelerate = pytest.importorskip("accelerate")
     live, plain = (LivePipeline(small_pipeline("sd1")) for _ in range(2))
     adapters = {
@@ -239,10 +250,12 @@ def test_scales_turns_and_norms_wherever_the_weight_is(how: str) -> None:
     if how == "offloaded":
         accelerate.cpu_offload(unet, execution_device=torch.device("cpu"))
     else:
-        unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
-        with torch.no_grad():
-            for own, cast in zip(plain.models["unet"].parameters(), unet.parameters(), strict=True):
-                own.copy_(cast.float())
+        if how == "packed as nf4":
+            pytest.importorskip("bitsandbytes")
+            quantise({"unet": unet}, "nf4")
+        else:
+            unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+        as_it_computes(unet, plain.models["unet"])
     bare = outputs(live)["unet"]
     for name, adapter in adapters.items():
         for each in (live, plain):
