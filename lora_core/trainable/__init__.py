@@ -16,6 +16,7 @@ from lora_core.config import LoraConfig
 from lora_core.deltas import Delta
 from lora_core.errors import ConfigError
 from lora_core.storages import Undo, rounded, storage_of
+from lora_core.terms import along_outputs
 from lora_core.worn import Place, original_weight, stored, weight_shape
 
 
@@ -148,10 +149,3 @@ class Factors(nn.Module, ABC):
 def on_cpu(parameter: Tensor) -> Tensor:
     """A copy that training no longer changes."""
     return parameter.detach().cpu().clone()
-
-
-def along_outputs(vector: Tensor, layer: nn.Module, out: Tensor) -> Tensor:
-    """(out,) shaped to meet the output `out`: (N, out, ...) of convolutions and group norms, else (..., out)."""
-    if isinstance(layer, nn.Conv2d | nn.GroupNorm):
-        return vector.reshape(-1, *[1] * (out.dim() - 2))
-    return vector

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from lora_core import algebra
 from lora_core.deltas import Delta
 from lora_core.deltas.full import Full
+from lora_core.terms import through
 from lora_core.trainable import Factors, Site, on_cpu
 from lora_core.trainable.low_rank import another_kind
-from lora_core.worn import through, weight_shape
+from lora_core.worn import weight_shape
 
 
 class TrainableFull(Factors):

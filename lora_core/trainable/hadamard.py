@@ -10,9 +10,9 @@ from lora_core import algebra
 from lora_core.deltas import Delta
 from lora_core.deltas.hadamard import Hadamard
 from lora_core.init import loha
+from lora_core.terms import through
 from lora_core.trainable import Factors, Site, on_cpu
 from lora_core.trainable.low_rank import another_kind, another_rank
-from lora_core.worn import through
 
 
 class TrainableHadamard(Factors):

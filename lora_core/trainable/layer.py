@@ -13,7 +13,8 @@ from lora_core.deltas import Delta
 from lora_core.deltas.bias import WithBias
 from lora_core.deltas.magnitude import WithMagnitude
 from lora_core.errors import ConfigError
-from lora_core.trainable import Factors, Site, along_outputs, on_cpu
+from lora_core.terms import along_outputs
+from lora_core.trainable import Factors, Site, on_cpu
 from lora_core.worn import weight_shape
 
 

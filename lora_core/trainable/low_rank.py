@@ -10,8 +10,8 @@ from lora_core import algebra, init
 from lora_core.deltas import Delta
 from lora_core.deltas.low_rank import LowRank
 from lora_core.errors import ConfigError
+from lora_core.terms import through
 from lora_core.trainable import Factors, Site, on_cpu
-from lora_core.worn import through
 
 
 class TrainableLowRank(Factors):

@@ -10,24 +10,42 @@ import pytest
 import torch
 
 from lora_core import LivePipeline, attach, detach, read_adapter
-from lora_core.errors import Stopped
+from lora_core.errors import ConfigError, Stopped
 from lora_core.safe_files import read_header, read_tensors
 from tests.trainers.runs import Recorder, base_folder, config, pictures
 from trainers.dreambooth import train
 
 SHORT = {"steps": 3, "batch_size": 1, "learning_rate": 3e-3}
 CASES: dict[str, dict[str, dict[str, Any]]] = {
-    "loha": {"lora": {"kind": "loha"}},
-    "lokr as dora": {"lora": {"kind": "lokr", "factor": 4, "variant": "dora"}},
-    "lokr of two pairs": {
-        "lora": {"kind": "lokr", "rank": 1, "decompose_both": True, "rank_stabilized": True}
-    },
-    "lora plus": {"lora": {"dropout": 0.1}, "train": {"lora_plus_ratio": 8.0}},
-    "some layers": {
+    "loha in some layers": {
         "lora": {
+            "kind": "loha",
             "layers_to_transform": [1],
             "layers_pattern": ["down_blocks", "up_blocks"],
             "text_encoder_layers_to_transform": [0],
+        }
+    },
+    "lokr as dora": {"lora": {"kind": "lokr", "factor": 4, "variant": "dora"}},
+    "lora plus, and embeddings": {
+        "lora": {"dropout": 0.1, "text_encoder_targets": ["v_proj", "token_embedding", "position_embedding"]},
+        "train": {"lora_plus_ratio": 8.0},
+    },
+    "dora with biases, and an embedding": {
+        "lora": {
+            "bias": "lora_only",
+            "variant": "dora",
+            "text_encoder_targets": ["v_proj", "token_embedding"],
+        }
+    },
+    "whole modules and every bias": {
+        "lora": {
+            "bias": "all",
+            "modules_to_save": [
+                "conv_in",
+                "conv_norm_out",
+                "mid_block.attentions.0.transformer_blocks.0.norm1",
+            ],
+            "text_encoder_modules_to_save": ["token_embedding", "final_layer_norm"],
         }
     },
 }
@@ -89,3 +107,32 @@ def test_trained_resumed_saved_read_and_worn(tmp_path: Path, base: Path, case: s
     torch.testing.assert_close(answers(live), trained, rtol=1e-4, atol=1e-4)
     live.unload()
     assert torch.equal(answers(live), bare)
+
+
+def test_a_spelling_without_words_for_a_layer_is_refused_before_the_first_step(
+    tmp_path: Path, base: Path
+) -> None:
+    pictures(tmp_path / "images", 1)
+    recorder = Recorder()
+    settings = config(
+        tmp_path,
+        base,
+        lora={"text_encoder_targets": ["token_embedding"]},
+        save={"spelling": "diffusers"},
+    )
+    with pytest.raises(ConfigError, match="is an embedding"):
+        train(settings, listeners=[recorder])
+    assert not recorder.losses
+
+
+@pytest.mark.parametrize("ratio", [1.0, 8.0])
+def test_the_ratio_is_that_of_the_first_step(tmp_path: Path, base: Path, ratio: float) -> None:
+    """Adam's first step is the learning rate itself, and B begins at zero: the file shows how fast it learns."""
+    pictures(tmp_path / "images", 1)
+    rates = {"steps": 1, "batch_size": 1, "learning_rate": 2e-3, "text_encoder_learning_rate": 1e-3}
+    few = {"targets": ["attn2.to_v"], "text_encoder_targets": ["v_proj"]}
+    adapter = read_adapter(train(config(tmp_path, base, lora=few, train={**rates, "lora_plus_ratio": ratio})))
+    for path, delta in adapter.deltas.items():
+        rate = 2e-3 if path.startswith("unet") else 1e-3
+        largest = float(delta.tensors()["up"].abs().max())
+        assert largest == pytest.approx(rate * ratio, rel=1e-2)
