@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.adapter import COMPONENTS, Adapter, Coverage, file_path, resolve, weight_of
-from lora_core.base_weights import bias_of, fold, fold_bias
+from lora_core.base_weights import bias_of
 from lora_core.deltas import Delta
 from lora_core.deltas.bias import WithBias
 from lora_core.errors import ConfigError, FileRefused, LoraError, NotFinite, SaveFailed
 from lora_core.families import check_belongs
+from lora_core.folding import fold, fold_bias
 from lora_core.formats.files import read_adapter
 from lora_core.formats.metadata import MODELSPEC, without_paths
 from lora_core.ldm_names import as_in_file, ldm_keys

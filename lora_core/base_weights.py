@@ -15,13 +15,14 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from lora_core import algebra, quantised
+from lora_core import quantised
 from lora_core.adapter import weight_of
 from lora_core.deltas import Delta
 from lora_core.deltas.bias import WithBias
 from lora_core.errors import LoraError
+from lora_core.folding import fold, fold_bias
 from lora_core.storages import storage_of
-from lora_core.worn import Worn, wear
+from lora_core.worn import wear
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,6 @@ _WHERE = {
     "host": "kept in main memory",
     "checkpoint": "read again from the checkpoint",
 }
-# elements of a layer summed in fp32 at a time, 16 MB: fewer calls than with less, and faster
-CHUNK = 2**22
 SAMPLED = 8  # layers that `lost` looks at
 Reference = Callable[[], Iterator[tuple[str, str, Tensor]]]  # component, parameter name, tensor
 
@@ -69,6 +68,9 @@ class BaseWeights:
         self._originals: list[
             Tensor
         ] = []  # as they were, in the same order, unless the checkpoint alone has them
+        self._room: dict[
+            tuple[nn.Module, str], Tensor
+        ] = {}  # where originals were, for those of the next fuse
         self._checkpoint = checkpoint
         # a model that came from no file is compared with what it was when it was given
         self._digests = {} if checkpoint else self._digests_now()
@@ -87,9 +89,11 @@ class BaseWeights:
         written = {path: _written(path, layers[path], weighted) for path, weighted in changes.items()}
         flat = [tensor for own in written.values() for tensor in own.values()]
         self.kept = self._place(flat)
+        if self.kept != "device":
+            self.release()
         try:
             for path, own in written.items():
-                before = {name: tensor.detach().clone() for name, tensor in own.items()}
+                before = {name: self._copy_of(tensor, (layers[path], name)) for name, tensor in own.items()}
                 if self.kept != "checkpoint":
                     self._originals += [t if self.kept == "device" else to_host(t) for t in before.values()]
                 self._written += [(layers[path], name) for name in own]
@@ -99,7 +103,7 @@ class BaseWeights:
                     if w != 0
                 ]
                 if "weight" in own:
-                    fold(own["weight"], before["weight"], worn)
+                    fold(own["weight"], before["weight"], worn, begun=True)
                 if "bias" in own:
                     biases = [(w, one.bias) for w, one in worn if one.bias is not None]
                     fold_bias(own["bias"], before["bias"], biases)
@@ -138,7 +142,24 @@ class BaseWeights:
             # an error may have come between a copy and the note of what it is a copy of
             for tensor, before in zip(written, self._originals, strict=False):
                 tensor.copy_(before)
+        if self.kept == "device" and written and _leaves_a_quarter(written[0].device, 0):
+            self._room = dict(zip(self._written, self._originals, strict=False))
         self._written, self._originals, self.kept, self.fused = [], [], None, False
+
+    def _copy_of(self, tensor: Tensor, key: tuple[nn.Module, str]) -> Tensor:
+        """Into the memory of an earlier fuse, where it fits: fresh memory costs more than the copying does."""
+        room = self._room.pop(key, None)
+        if room is None or (room.shape, room.dtype, room.device) != (
+            tensor.shape,
+            tensor.dtype,
+            tensor.device,
+        ):
+            return tensor.detach().clone()
+        return room.copy_(tensor)
+
+    def release(self) -> None:
+        """Nothing more will be fused for a while: the memory that waits for the next fuse is given back."""
+        self._room = {}
 
     @torch.no_grad()
     def heal(self) -> BaseReport:
@@ -170,12 +191,9 @@ class BaseWeights:
             return self.keep
         need = sum(w.numel() * w.element_size() for w in weights)
         device = weights[0].device if weights else torch.device("cpu")
-        if device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(device)
-            if free - need > total / 4:
-                return "device"
-        memory = psutil.virtual_memory()
-        if memory.available - need > memory.total / 4 or self._checkpoint is None:
+        if device.type == "cuda" and _leaves_a_quarter(device, need):
+            return "device"
+        if _leaves_a_quarter(torch.device("cpu"), need) or self._checkpoint is None:
             return "host" if device.type == "cuda" else "device"
         return "checkpoint"
 
@@ -222,30 +240,14 @@ def digest(tensor: Tensor) -> str:
     )
 
 
-def fold(target: Tensor, w0: Tensor, worn: Sequence[tuple[float, Worn]]) -> None:
-    """target = round(fp32(W0) + sum w ΔW), in place, a few rows at a time; target may be fp32 to see the exact sum."""
-    down = torch.cat([algebra.flat(one.down) for _, one in worn]) if worn else None  # (R, in*k*k)
-    up = torch.cat([w * one.up.float() for w, one in worn], dim=1) if worn else None  # (out, R)
-    flat_w0, flat_target = w0.reshape(len(w0), -1), target.detach().view(len(target), -1)
-    step = max(1, CHUNK // flat_w0.shape[1])
-    scratch = torch.empty(min(step, len(flat_w0)), flat_w0.shape[1], device=w0.device)
-    for start in range(0, len(flat_w0), step):
-        rows = slice(start, min(start + step, len(flat_w0)))
-        total = scratch[: rows.stop - rows.start].copy_(flat_w0[rows])
-        if down is not None and up is not None:
-            total.addmm_(up[rows], down)
-        for weight, one in worn:
-            for extra in one.extras:
-                total += weight * extra.delta(rows, flat_w0)
-        flat_target[rows].copy_(total)
-
-
-def fold_bias(target: Tensor, before: Tensor, changes: Sequence[tuple[float, Tensor]]) -> Tensor:
-    """target = round(fp32(b) + sum w Δb), in place -> target."""
-    total = before.float()
-    for weight, change in changes:
-        total = total + weight * change.to(before.device).float()
-    return target.detach().copy_(total)
+def _leaves_a_quarter(device: torch.device, need: int) -> bool:
+    """Whether a quarter of the device's memory is free after `need` bytes more."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+    else:
+        memory = psutil.virtual_memory()
+        free, total = memory.available, memory.total
+    return bool(free - need > total / 4)
 
 
 def _written(path: str, layer: nn.Module, weighted: Sequence[tuple[float, Delta]]) -> dict[str, Tensor]:

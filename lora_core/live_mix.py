@@ -284,6 +284,7 @@ class LiveMix:
         self._rack.delete(*names)
         for name in names:
             del self._adapters[name], self._layers[name], self._mix[name]
+        self._base.release()
         self._show()
         self._touched()
 

@@ -477,6 +477,24 @@ def test_w0_comes_back_from_wherever_it_is(keep: Any, tmp_path: Path) -> None:
         assert live.verify_base()
 
 
+def test_the_next_fuse_uses_the_memory_of_the_last_and_unload_gives_it_back(live: LivePipeline) -> None:
+    live._base.keep = "device"
+    weight = weight_of(live.models["unet"].get_submodule(next(iter(live._rack.layers)).removeprefix("unet.")))
+    live.fuse()
+    memory = {t.data_ptr() for t in live._base._originals}
+    live.unfuse()
+    with torch.no_grad():
+        weight.add_(1)  # somebody else changes the base meanwhile: that is what comes back
+    changed = weight.clone()
+    live.fuse()
+    assert {t.data_ptr() for t in live._base._originals} == memory
+    assert not torch.equal(weight, changed)
+    live.unfuse()
+    assert torch.equal(weight, changed)
+    live.unload()
+    assert not live._base._room
+
+
 def test_healing_copies_back_what_differs_and_nothing_else(tmp_path: Path) -> None:
     small_pipeline("sd1").save_pretrained(tmp_path / "base")
     live = LivePipeline.open(tmp_path / "base", device="cpu")
