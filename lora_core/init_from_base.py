@@ -31,8 +31,8 @@ def pissa(
     """The top-r part of the SVD, its square roots on both sides.
 
     `iterations` None is the full SVD; a number is the randomised one with so many power iterations: 4 are close, 16
-    hardly differ, and both are far faster on large layers. Its random directions are the global generator's, or
-    `generator`'s.
+    hardly differ (1280 x 1280, rank 16, one core: 2.2 s in full, 0.05 s with 4, 0.16 s with 16). Its random directions
+    are the global generator's, or `generator`'s.
     """
     matrix = algebra.flat(weight)
     _refuse_rank("pissa", rank, weight, matrix)
