@@ -60,6 +60,9 @@ def weights_of(source: Any, *, pristine: bool = False) -> ModelWeights:
         return _stored(found.name, found.family, found.stored, found.pipeline)
     pipeline = getattr(source, "pipeline", source)
     opened = source if isinstance(source, OpenedBase) else getattr(source, "opened", None)
+    if pristine and opened is not None and opened.quantised:  # the live modules are packed
+        found = find_base(opened.path)
+        return _stored(opened.name, found.family, found.stored, found.pipeline)
     if pristine and opened is not None:
         return _stored(opened.name, opened.family, opened.stored, pipeline)
     models = _models(pipeline)
@@ -72,7 +75,7 @@ def weights_of(source: Any, *, pristine: bool = False) -> ModelWeights:
 
     def read(component: str, key: str) -> Tensor:
         parameter = live[component][key]
-        if parameter.is_meta or not parameter.is_floating_point():
+        if parameter.is_meta or not parameter.is_floating_point() or parameter.element_size() < 2:
             raise LoraError(
                 f"{component}.{key} of {name} is offloaded or quantised ({parameter.dtype}, {parameter.device}). "
                 "Give the model's file or folder instead."

@@ -252,6 +252,16 @@ def test_pictures_are_made_on_a_quantised_base(live: LivePipeline) -> None:
     assert live.generate(request)[0].image.tobytes() == bare.tobytes()
 
 
+def test_a_model_is_baked_from_the_original_weights(live: LivePipeline, tmp_path: Path) -> None:
+    adapter = random_adapter(unpacked(live), 1)
+    live.load(adapter, name="a", weight=0.5)
+    live.bake(tmp_path / "baked")
+    baked = LivePipeline.open(tmp_path / "baked", device="cpu")
+    original: Any = small_pipeline("sd1").unet.get_submodule(LAYER.removeprefix("unet."))
+    expected = original.weight + 0.5 * adapter.deltas[LAYER].delta(original.weight)
+    torch.testing.assert_close(layer_of(baked).weight, expected.detach(), rtol=1e-5, atol=1e-5)
+
+
 # --- refusals ----------------------------------------------------------------------------------------------
 
 
@@ -282,3 +292,6 @@ def test_what_cannot_be_quantised_is_refused_before_anything_is_changed(folder: 
     quantise(live.models, "int8")
     with pytest.raises(LoraError, match="quantised already"):
         quantise(live.models, "nf4")
+    live.load(random_adapter(LivePipeline(small_pipeline("sd1")), 1), name="a")
+    with pytest.raises(LoraError, match="offloaded or quantised"):
+        live.bake(folder.parent / "never", dtype=torch.float32)
