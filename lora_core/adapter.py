@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +21,8 @@ class Adapter:
     A path is `<component>.<module path>`, for text encoders in the spelling every file uses, with
     `text_model.`: `unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q`,
     `text_encoder.text_model.encoder.layers.0.self_attn.q_proj`. `family` is a key of families.FAMILIES
-    or None where the layers do not tell; `unused` names the file's keys that say nothing we know.
+    or None where the layers do not tell; `unused` names the file's keys that say nothing we know. `embeddings` are new
+    words (new_tokens.py): word -> text encoder -> rows (n, width).
     """
 
     deltas: dict[str, Delta]
@@ -29,6 +30,7 @@ class Adapter:
     family: str | None = None
     name: str = ""
     unused: tuple[str, ...] = ()
+    embeddings: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def components(self) -> tuple[str, ...]:
         present = {path.split(".", 1)[0] for path in self.deltas}
@@ -36,8 +38,8 @@ class Adapter:
 
     def check_finite(self) -> None:
         """Raise NotFinite naming the first tensor with NaN or Inf."""
-        for path, delta in self.deltas.items():
-            for name, tensor in delta.tensors().items():
+        for path, tensors in self._all():
+            for name, tensor in tensors.items():
                 if not bool(torch.isfinite(tensor).all()):
                     bad = int((~torch.isfinite(tensor)).sum())
                     raise NotFinite(
@@ -46,7 +48,11 @@ class Adapter:
                     )
 
     def size_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for d in self.deltas.values() for t in d.tensors().values())
+        return sum(t.numel() * t.element_size() for _, tensors in self._all() for t in tensors.values())
+
+    def _all(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        yield from ((path, delta.tensors()) for path, delta in self.deltas.items())
+        yield from self.embeddings.items()
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class Coverage:
     unused: tuple[str, ...]
     family: str | None
     by_component: dict[str, tuple[int, int]]
+    words: tuple[str, ...] = ()  # new ones, that prompts may use
 
     @classmethod
     def of(cls, adapter: Adapter, layers: Container[str]) -> Coverage:
@@ -69,12 +76,15 @@ class Coverage:
             counts[component] = (matched + (path in layers), total + 1)
         absent = tuple(path for path in adapter.deltas if path not in layers)
         matched = len(adapter.deltas) - len(absent)
-        return cls(matched, len(adapter.deltas), (*adapter.unused, *absent), adapter.family, counts)
+        unused, words = (*adapter.unused, *absent), tuple(adapter.embeddings)
+        return cls(matched, len(adapter.deltas), unused, adapter.family, counts, words)
 
     def __str__(self) -> str:
         parts = ", ".join(f"{c} {m} of {n}" for c, (m, n) in self.by_component.items())
         tail = f"; not used: {', '.join(self.unused)}" if self.unused else ""
-        return f"{self.matched} of {self.total} layers ({parts}){tail}"
+        words = f"new words: {', '.join(self.words)}" if self.words else ""
+        layers = f"{self.matched} of {self.total} layers ({parts})" if self.total else ""
+        return "; ".join(filter(None, (layers, words))) + tail
 
 
 def live_path(path: str, model: nn.Module) -> str:

@@ -117,6 +117,11 @@ class _Fused:
         if weight.moving or weight.half != "both":
             what = "a curve over the steps" if weight.moving else "the prompt's half alone"
             raise LoraError(f'"{name}" is set to {what}, which no file of weights can say. Set it plainly.')
+        if adapter.embeddings:
+            raise LoraError(
+                f'"{name}" has new words ({", ".join(adapter.embeddings)}), which are no weights of the model: baked, '
+                "it would not know them. Load the LoRA instead, or bake one without."
+            )
         found = resolve(adapter.deltas, dict(self.weights.models))
         if not found:
             raise LoraError(

@@ -161,7 +161,7 @@ def combine(
         deltas[path] = _combined(path, parts, how, layer, sums)
     said = ", ".join(f"{a.name or 'a LoRA'} {w:g}" for a, w in adapters) + f"; {method}"
     metadata = {FROM: said} | ({LOST: f"{sums.share:.6f}"} if how.by_svd else {})
-    return Adapter(deltas, metadata, family, name)
+    return Adapter(deltas, metadata, family, name, embeddings=_words(adapters))
 
 
 @torch.no_grad()
@@ -240,6 +240,20 @@ def _combined(
 
 def _is_of_norm(delta: Delta) -> bool:
     return isinstance(delta, Full) and len(delta.shape()) == 1
+
+
+def _words(adapters: Sequence[tuple[Adapter, float]]) -> dict[str, dict[str, Tensor]]:
+    """New words have no weight: all of them come along as they are."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for adapter, _ in adapters:
+        for word, rows in adapter.embeddings.items():
+            if word in found and not all(torch.equal(found[word][c], rows[c]) for c in rows):
+                raise ConfigError(
+                    f'"{word}" is a new word of two of these LoRAs, and means something else in each. Combine one of '
+                    "them only."
+                )
+            found[word] = rows
+    return found
 
 
 # --- on the factors ------------------------------------------------------------------------------------------

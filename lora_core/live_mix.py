@@ -10,12 +10,13 @@ from typing import Any, Literal, Protocol
 from torch import nn
 
 from lora_core.adapter import Adapter, Coverage, resolve
-from lora_core.base_weights import BaseReport, BaseWeights, Reference
+from lora_core.base_weights import BaseWeights, Reference
 from lora_core.config import LoraConfig
 from lora_core.deltas import Delta
 from lora_core.errors import ConfigError, LoraError, NotLoaded, did_you_mean
 from lora_core.families import Family, check_belongs
 from lora_core.mix import AdapterWeight, Mix, WeightValue, check_blocks
+from lora_core.new_tokens import NewTokens
 from lora_core.rack import Rack
 from lora_core.shelf import Shelf
 from lora_core.targets import find_targets
@@ -56,6 +57,7 @@ class LiveMix:
         self._mix: Mix = {}
         self._rack = Rack()
         self._shelf = Shelf()
+        self._words = NewTokens(None, {})  # a pipeline has tokenizers for them
         self._base = BaseWeights({**models, **others}, checkpoint)
         self.unet_paths = [f"unet.{n}" for n, _ in self.models["unet"].named_modules()]
         self._lock = Turnstile()  # guards all of this, and the generation that runs
@@ -67,7 +69,8 @@ class LiveMix:
     def load(
         self, source: str | Path | Adapter, name: str | None = None, weight: WeightValue = 1.0
     ) -> Coverage:
-        """Put a LoRA on the rack. Wrong family, wrong shapes or non-finite values raise and change nothing."""
+        """Put a LoRA on the rack, and its new words into prompts' reach. Wrong family, wrong shapes, words that mean
+        something already or non-finite values raise and change nothing."""
         if isinstance(source, Adapter):
             adapter = source
             adapter.check_finite()
@@ -81,12 +84,14 @@ class LiveMix:
             self._refuse_unfusable({**self._mix, name: parsed})
             layers = resolve(adapter.deltas, self.models)
             coverage = Coverage.of(adapter, layers)
-            if not layers:
+            if not layers and not adapter.embeddings:
                 raise LoraError(
                     f'None of the {coverage.total} layers of "{name}" exist in {self.base_name}: nothing was loaded.'
                 )
+            self._words.check(name, adapter.embeddings)
             self._unfuse()
             self._rack.load(name, adapter, layers)
+            self._words.add(name, adapter.embeddings)
             self._adapters[name], self._layers[name] = adapter, layers
             self._mix[name] = parsed
             self._show()
@@ -282,19 +287,9 @@ class LiveMix:
     def _forget(self, *names: str) -> None:
         self._unfuse()
         self._rack.delete(*names)
+        self._words.remove(*names)
         for name in names:
             del self._adapters[name], self._layers[name], self._mix[name]
         self._base.release()
         self._show()
         self._touched()
-
-    def verify_base(self) -> BaseReport:
-        """Every parameter against the checkpoint on disk, or, for a wrapped pipeline, as it was when wrapped."""
-        with self._lock:
-            return self._base.verify()
-
-    def heal(self) -> BaseReport:
-        """Copy every parameter that differs from the checkpoint back from it; unfuses first."""
-        with self._lock:
-            self._unfuse()
-            return self._base.heal()

@@ -5,12 +5,24 @@ from __future__ import annotations
 from itertools import combinations
 
 from lora_core import burn
+from lora_core.base_weights import BaseReport
 from lora_core.errors import LoraError
 from lora_core.live_mix import LiveMix
 
 
 class MeasuredMix(LiveMix):
-    """How strong the mix is, per block, and which LoRAs pull the same way."""
+    """Whether the base is untouched, how strong the mix is, per block, and which LoRAs pull the same way."""
+
+    def verify_base(self) -> BaseReport:
+        """Every parameter against the checkpoint on disk, or, for a wrapped pipeline, as it was when wrapped."""
+        with self._lock:
+            return self._base.verify()
+
+    def heal(self) -> BaseReport:
+        """Copy every parameter that differs from the checkpoint back from it; unfuses first."""
+        with self._lock:
+            self._unfuse()
+            return self._base.heal()
 
     def strengths(self) -> dict[str, float]:
         """How far the mix moves the weights, |Σ w ΔW| / |W| per block, where in the denoising it moves them furthest:

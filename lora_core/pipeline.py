@@ -19,6 +19,7 @@ from lora_core.generation import GeneratedImage, GenerationRequest, Steps, Weigh
 from lora_core.measured_mix import MeasuredMix
 from lora_core.mix import Mix
 from lora_core.models import OpenedBase, open_base
+from lora_core.new_tokens import NewTokens
 from lora_core.prompt_tags import split_tags
 from lora_core.samplers import sampler_name
 from lora_core.storages import refuse_lost
@@ -38,6 +39,7 @@ class LivePipeline(MeasuredMix):
         )
         self.pipeline = pipeline
         self.opened = opened
+        self._words = NewTokens(pipeline, models)
         self._generating = threading.RLock()  # one generation at a time; taken before the turnstile
         self._run: _Run | None = None
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from lora_core.trainable import Factors, Site
 from lora_core.trainable.full import TrainableFull
 from lora_core.trainable.kinds import factors_for
 from lora_core.trainable.layer import TrainableLayer
+
+if TYPE_CHECKING:
+    from lora_core.trainable.words import TrainableWords
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class LoraForm(nn.Module):
         self._frozen: list[nn.Parameter] = []  # base parameters that were trainable before attach
         self._models: dict[str, nn.Module] = {}
         self._undo: list[Undo] = []  # of what was done to a quantised base
+        self.words: TrainableWords | None = None  # new ones, from trainable.words.learn_words
 
     def parameter_groups(
         self, learning_rate: float | Mapping[str, float], *, ratio: float = 1.0
@@ -222,7 +226,8 @@ def collect(
         for path, layer in zip(form.paths, form.layers, strict=True)
         if isinstance(layer, TrainableLayer)
     }
-    return Adapter(deltas, dict(metadata or {}), family, name)
+    words = {} if form.words is None else form.words.collect()
+    return Adapter(deltas, dict(metadata or {}), family, name, embeddings=words)
 
 
 def detach(form: LoraForm) -> None:
@@ -232,6 +237,8 @@ def detach(form: LoraForm) -> None:
         raise LoraError("This LoRA is not attached to a model: it was detached before.")
     for handle in form._handles:
         handle.remove()
+    if form.words is not None:
+        form.words.remove()
     for p in form._frozen:
         p.requires_grad_(True)
     _take_back(form)

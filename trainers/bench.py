@@ -13,7 +13,8 @@ from lora_core.formats import read_adapter
 from lora_core.init_names import is_from_base
 from lora_core.models import OpenedBase, open_base
 from lora_core.pipeline import LivePipeline
-from lora_core.train_form import LoraForm, attach
+from lora_core.train_form import LoraForm, attach, detach
+from lora_core.trainable.words import learn_words
 from trainers import class_images, events, optim
 from trainers.batches import Feeder, Words
 from trainers.caches import LatentCache
@@ -61,6 +62,7 @@ def prepare(config: TrainConfig, folder: RunFolder, stop: StopRequest, emit: eve
     dataset = find_pictures(config, live, stop, emit)
     if config.train.channels_last:
         pipeline.unet.to(memory_format=torch.channels_last)
+    check_words_are_used(config, dataset)
     form = attach_lora(config, live, opened)
     try_spelling(config, form, opened)
     if config.train.gradient_checkpointing:
@@ -77,12 +79,11 @@ def prepare(config: TrainConfig, folder: RunFolder, stop: StopRequest, emit: eve
         for picture, reason in filled.unsaved.items():
             emit(events.Note(text=f"The latents of {picture} are kept in memory only: {reason}"))
         pipeline.vae.to("cpu")
-    words = Words(
-        pipeline, [e.caption for e in dataset.examples], frozen=not config.train.trains_text_encoder
-    )
+    encoding = config.train.trains_text_encoder or bool(config.lora.new_tokens)
+    words = Words(pipeline, [e.caption for e in dataset.examples], frozen=not encoding)
     for cut in words.cut:
         emit(events.Note(text=str(cut)))
-    if not config.train.trains_text_encoder:
+    if not encoding:
         for component in live.models:
             if component != "unet":
                 live.models[component].to("cpu")
@@ -90,6 +91,8 @@ def prepare(config: TrainConfig, folder: RunFolder, stop: StopRequest, emit: eve
     if config.train.text_encoder_learning_rate is not None:
         rates |= {c: config.train.text_encoder_learning_rate for c in rates if c != "unet"}
     groups = form.parameter_groups(rates, ratio=config.train.lora_plus_ratio)
+    if form.words is not None:
+        groups.append(form.words.group(config.train.new_token_learning_rate))
     optimizer = optim.adamw(groups, weight_decay=config.train.weight_decay)
     feeder = Feeder(dataset, pipeline.vae, cache, batch_size=config.train.batch_size, seed=config.seed)
     generator = torch.Generator("cpu").manual_seed(config.seed)
@@ -144,13 +147,30 @@ def attach_lora(config: TrainConfig, live: LivePipeline, opened: OpenedBase) -> 
     start = read_adapter(config.lora.start_from) if config.lora.start_from else None
     # what is taken from the base must come out the same when a run is resumed: the state builds upon it
     generator = torch.Generator(opened.pipeline.device).manual_seed(config.seed)
-    return attach(
+    form = attach(
         {c: live.models[c] for c in names},
         {c: config.lora.lora_config(c) for c in names},
         start=start,
         generator=generator if is_from_base(config.lora.init) else None,
         originals=opened.original if opened.quantised else None,
     )
+    if config.lora.new_tokens or (start is not None and start.embeddings):
+        try:
+            learn_words(form, live.pipeline, config.lora.new_tokens, start=start)
+        except BaseException:
+            detach(form)
+            raise
+    return form
+
+
+def check_words_are_used(config: TrainConfig, dataset: Dataset) -> None:
+    """Raise ConfigError for a new word that no caption has: it would stay what it began as."""
+    for word in config.lora.new_tokens:
+        if not any(word in example.caption for example in dataset.instances):
+            raise ConfigError(
+                f'lora.new_tokens: "{word}" is in no caption of {config.data.images.name}, so nothing would teach it. '
+                f'Write it there, or in data.prompt, such as "a photo of {word}".'
+            )
 
 
 def checkpoint_activations(live: LivePipeline) -> None:

@@ -90,6 +90,8 @@ class LoraSettings(Table):
     """End of a module path (may be a regular expression) -> its own rank."""
     alpha_pattern: dict[str, float] = Field(default_factory=dict)
     """End of a module path (may be a regular expression) -> its own alpha."""
+    new_tokens: dict[str, str | int] = Field(default_factory=dict)
+    """New words to learn with the LoRA -> the word each begins as, or its number of vectors: { "<fox>" = "animal" }."""
     start_from: AnyPath | None = None
     """An existing LoRA file to go on from instead of a fresh one."""
 
@@ -209,6 +211,8 @@ class TrainSettings(Table):
     """The same for the text encoders; left out: as `learning_rate`. 0: they are not trained."""
     lora_plus_ratio: Annotated[float, Field(ge=1)] = 1.0
     """LoRA+ (arXiv 2402.12354): how many times as fast the up factors learn; 1: as fast, 4 to 16 are usual."""
+    new_token_learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """The same for the rows of `lora.new_tokens`."""
     schedule: Literal["constant", "cosine"] = "constant"
     """The learning rate after warm-up."""
     warmup_steps: Count = 0

@@ -36,7 +36,8 @@ def write_lora(
     adapter = collect(form, family=opened.family.key, name=path.stem)
     adapter.check_finite()
     dtype = DTYPES[config.save.dtype]
-    largest = max(float(t.abs().max()) for d in adapter.deltas.values() for t in d.tensors().values())
+    trained = [*(d.tensors() for d in adapter.deltas.values()), *adapter.embeddings.values()]
+    largest = max(float(t.abs().max()) for tensors in trained for t in tensors.values())
     if largest > torch.finfo(dtype).max:
         raise NotFinite(
             f'The LoRA holds values up to {largest:.3g}, too large for {config.save.dtype}. Set save.dtype = "bf16".'
@@ -70,6 +71,9 @@ def compare(found: Adapter, meant: Adapter, dtype: torch.dtype, path: Path) -> N
             for n in ours
             if n != "alpha"
         )
+    same = same and found.embeddings.keys() == meant.embeddings.keys()
+    for word, rows in meant.embeddings.items() if same else ():
+        same = same and all(torch.equal(found.embeddings[word][c], t.to(dtype)) for c, t in rows.items())
     if not same:
         raise SaveFailed(
             f"{path} does not hold what was trained, though it was written. Is the disk failing? Use another."

@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lora_core.adapter import Adapter
 from lora_core.deltas import Delta
 from lora_core.errors import ConfigError, did_you_mean
-from lora_core.families import family_of_layers
-from lora_core.formats import foreign
+from lora_core.families import FAMILIES, family_of_layers
+from lora_core.formats import foreign, words
 from lora_core.formats.assembly import Format, Load, Reading, cast, outlines
 from lora_core.formats.diffusers import Diffusers
 from lora_core.formats.kohya import Kohya
@@ -47,15 +48,27 @@ def _assembled(path: Path, load: Load) -> Adapter:
     deltas: dict[str, Delta] = {}
     unused: tuple[str, ...] = ()
     metadata: dict[str, str] = {}
-    for header in headers:
-        reading = _read(header, load)
+    embeddings: dict[str, dict[str, Tensor]] = {}
+    for whole in headers:
+        places, header = words.split(whole)
+        embeddings |= words.read(whole, places, load)
+        # a file of words alone has no layers to look for
+        reading = _read(header, load) if header.tensors or not places else Reading({}, ())
         deltas |= reading.deltas
         unused += reading.unused
-        metadata |= header.metadata
+        metadata |= whole.metadata
     shapes = {layer: delta.shape() for layer, delta in deltas.items()}
     family = family_of_layers(shapes) or family_of_metadata(metadata)
     name = path.name if path.is_dir() else path.name.removesuffix(".safetensors")
-    return Adapter(deltas, metadata, family, name, unused)
+    return Adapter(deltas, metadata, family or _of_rows(embeddings), name, unused, embeddings)
+
+
+def _of_rows(embeddings: dict[str, dict[str, Tensor]]) -> str | None:
+    """The family that words alone show: 768 numbers are of SD 1.x, and SDXL has two encoders."""
+    widths = {rows.shape[1] for parts in embeddings.values() for rows in parts.values()}
+    if any(len(parts) > 1 for parts in embeddings.values()):
+        return "sdxl"
+    return next((key for key in ("sd1", "sd2") if widths == {FAMILIES[key].context_width}), None)
 
 
 def write_adapter(
@@ -77,10 +90,20 @@ def write_adapter(
         raise ConfigError(f'spelling = "{spelling}" is unknown.{did_you_mean(spelling, formats)}')
     if not adapter.deltas:
         raise ConfigError("This LoRA has no layers: there is nothing to write. Train or load one first.")
+    if adapter.embeddings and spelling != "kohya":
+        raise ConfigError(
+            f"This LoRA has new words ({', '.join(adapter.embeddings)}), for which the {spelling} spelling has no "
+            "place. Write it in the kohya spelling."
+        )
     path = Path(path)
     if spelling != "peft" and path.suffix != ".safetensors":
         path = path.with_name(f"{path.name}.safetensors")
-    adapter = cast(adapter, dtype)
+    embeddings = {
+        word: {component: rows.to(dtype=dtype) for component, rows in parts.items()}
+        for word, parts in adapter.embeddings.items()
+    }
+    adapter = replace(cast(adapter, dtype), embeddings=embeddings)
+    adapter.check_finite()
     family = family_of_layers({p: d.shape() for p, d in adapter.deltas.items()}) or adapter.family
     named = replace(adapter, family=family, name=adapter.name or path.stem)
     return formats[spelling].write(named, path, kohya_metadata(named, family=family, facts=metadata or {}))

@@ -13,6 +13,7 @@
     lora_unet_mid_block_resnets_0_norm1.w_norm, b_norm             (out,), (out,): LyCORIS' norms
     oft_unet_mid_block_attentions_0_proj_in.oft_blocks             (k, b, b): kohya's OFT, under a name of its own
     lora_te_text_model_embeddings_token_embedding.lora_up.weight   (words, r): ΔW = up · down, a row for each word
+    bundle_emb.<fox>.string_to_param.*                             new words: see words
 
 ΔW = alpha/r · up · down; without alpha it is the rank. The kinds' own keys: see factor_kinds and other_kinds.
 """
@@ -31,6 +32,7 @@ from lora_core.formats.keys import adapter_path, flattened
 from lora_core.formats.kinds import KINDS, kind_of_delta
 from lora_core.formats.metadata import with_hashes
 from lora_core.formats.sgm_names import to_sgm
+from lora_core.formats.words import bundled
 from lora_core.safe_files import Header, read_tensors, save_tensors
 
 PREFIXES = {
@@ -74,6 +76,7 @@ class Kohya:
             if bias is not None:
                 stored["b_norm" if "w_norm" in stored else "diff_b"] = bias
             tensors |= {f"{names[layer]}.{ending}": tensor for ending, tensor in stored.items()}
+        tensors |= bundled(adapter)
         save_tensors(path, tensors, with_hashes(tensors, metadata))
         return path
 
