@@ -16,7 +16,7 @@ from tests.lora_core.adapters_on_disk import PAIR, QPATH, Q, adapter, saved
 def test_missing_alpha_is_the_rank_and_odd_keys_are_named(tmp_path: Path) -> None:
     odd = {
         "lora_unet_nothing_real.lora_down.weight": torch.ones(1, 1),
-        "bundle_emb.cat.clip_l": torch.ones(1, 8),
+        "bundle_emb.cat.clip_l_out": torch.ones(1, 8),
         "lora_unet_nothing_real.oft_blocks": torch.ones(2, 2, 2),
         "lora_unet_nothing_real.hada_w1_a": torch.ones(2, 2),
         f"{Q}.hada_t1": torch.ones(2, 2),
@@ -113,7 +113,6 @@ REFUSED: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     "vae": ({"decoder.conv_in.weight": one, "encoder.conv_in.weight": one}, "a VAE"),
     "unet": ({"down_blocks.0.resnets.0.conv1.weight": one, "conv_in.weight": one}, "the UNet of"),
     "controlnet": ({"control_model.input_blocks.0.0.weight": one}, "ControlNet"),
-    "embedding": ({"emb_params": one}, "textual inversion"),
     "text": ({"text_model.encoder.layers.0.mlp.fc1.weight": one}, "text encoder"),
     "unknown": ({"hello": one}, "its first keys: hello"),
     "peft alone": (

@@ -1,4 +1,4 @@
-"""A run that learns a word with its LoRA: the file has it, its row alone has moved, and resuming is the straight run."""
+"""A run that learns a word with its LoRA: its row alone has moved, and resuming is the straight run."""
 
 from __future__ import annotations
 
