@@ -31,6 +31,7 @@ from lora_core.ldm_names import as_in_file, ldm_keys
 from lora_core.mix import AdapterWeight, WeightValue
 from lora_core.model_weights import ModelWeights, weights_of
 from lora_core.models import find_base
+from lora_core.replication import read_map
 from lora_core.safe_files import stream_tensors
 from lora_core.safe_writes import write_folder_atomic
 from lora_core.single_file import refuse_unlike
@@ -121,6 +122,11 @@ class _Fused:
             raise LoraError(
                 f'"{name}" has new words ({", ".join(adapter.embeddings)}), which are no weights of the model: baked, '
                 "it would not know them. Load the LoRA instead, or bake one without."
+            )
+        if read_map(adapter.metadata):
+            raise LoraError(
+                f'"{name}" is made for replicated layers, which share their weights and could not have a change each. '
+                "Load the LoRA instead."
             )
         found = resolve(adapter.deltas, dict(self.weights.models))
         if not found:

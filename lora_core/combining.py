@@ -41,6 +41,7 @@ from lora_core.families import by
 from lora_core.formats.kinds import kind_of_delta
 from lora_core.formats.metadata import HASHES
 from lora_core.lower_rank import LOST, Lost, check_rank, clamped, low_rank, rank_of, svd
+from lora_core.replication import read_map, written
 from lora_core.worn import original_weight, weight_shape
 
 FROM = "lora_loom.combined"  # metadata: from what, and how
@@ -160,7 +161,7 @@ def combine(
         layer = (layers or {}).get(path)
         deltas[path] = _combined(path, parts, how, layer, sums)
     said = ", ".join(f"{a.name or 'a LoRA'} {w:g}" for a, w in adapters) + f"; {method}"
-    metadata = {FROM: said} | ({LOST: f"{sums.share:.6f}"} if how.by_svd else {})
+    metadata = {FROM: said} | _one_stack(adapters) | ({LOST: f"{sums.share:.6f}"} if how.by_svd else {})
     return Adapter(deltas, metadata, family, name, embeddings=_words(adapters))
 
 
@@ -240,6 +241,17 @@ def _combined(
 
 def _is_of_norm(delta: Delta) -> bool:
     return isinstance(delta, Full) and len(delta.shape()) == 1
+
+
+def _one_stack(adapters: Sequence[tuple[Adapter, float]]) -> dict[str, str]:
+    """Of replicated layers: the metadata of all, which must be the same."""
+    maps = [read_map(adapter.metadata) for adapter, _ in adapters]
+    if any(found != maps[0] for found in maps):
+        raise ConfigError(
+            "These LoRAs are made for different stacks of replicated layers, whose numbers mean other layers in each. "
+            "Combine those of one stack."
+        )
+    return written(maps[0])
 
 
 def _words(adapters: Sequence[tuple[Adapter, float]]) -> dict[str, dict[str, Tensor]]:

@@ -51,6 +51,10 @@ class LoraConfig:
                        "pissa", "pissa_niter_k" (k as 4 or 16: the faster SVD), "olora", "loftq" (a quantised base)
     loftq_iterations   turns of quantising and SVD of "loftq"
     rank_stabilized    alpha/sqrt(rank) instead of alpha/rank (arXiv 2312.03732)
+    layer_replication  ranges (start, end) of a list of layers whose stack is trained in its place, weights shared, each
+                       place with a LoRA of its own: ((0, 4), (2, 5)) makes 0 1 2 3 2 3 4 (PEFT); in a model with
+                       several lists (a UNet) {"mid_block.attentions.0.transformer_blocks": ((0, 1), (0, 1))}.
+                       Paths then count in the stack (replication.py)
     rank_pattern, alpha_pattern   path suffix or regular expression -> value, as PEFT
     """
 
@@ -70,6 +74,7 @@ class LoraConfig:
     init: str = "gaussian"
     loftq_iterations: int = 1
     rank_stabilized: bool = False
+    layer_replication: Mapping[str, tuple[tuple[int, int], ...]] | tuple[tuple[int, int], ...] = ()
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
@@ -131,6 +136,11 @@ class LoraConfig:
             )
 
     def _check_layers(self) -> None:
+        if self.layer_replication and (self.init.startswith("pissa") or self.init in FROM_BASE):
+            raise ConfigError(
+                f'init = "{self.init}" takes its beginning from the base\'s weight, which replicated layers share. Leave '
+                "init or layer_replication out."
+            )
         if self.layers_to_transform is None:
             if self.layers_pattern:
                 raise ConfigError(

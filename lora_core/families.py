@@ -12,6 +12,7 @@ from lora_core.adapter import Adapter, resolve
 from lora_core.deltas.bias import WithBias
 from lora_core.deltas.shapes import compatible as compatible
 from lora_core.errors import WrongFamily
+from lora_core.replication import not_replicated
 from lora_core.storages import dense_shape
 from lora_core.worn import WEARERS
 
@@ -115,12 +116,18 @@ def family_of_layers(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     return "sd2" if entries == {2} else "sd1" if entries == {4} else None
 
 
+def family_of_adapter(adapter: Adapter) -> str | None:
+    """By its layers first. The numbers of replicated layers count in a stack and tell nothing."""
+    paths = not_replicated(adapter.deltas, adapter.metadata)
+    return family_of_layers({path: adapter.deltas[path].shape() for path in paths}) or adapter.family
+
+
 def check_belongs(adapter: Adapter, models: Mapping[str, nn.Module], family: Family) -> None:
     """Raise WrongFamily, in one sentence for its reader, if `adapter` is of another family than the model
     with these components, or if a layer of it has another shape than the model's. Layers that the model
     lacks are not this function's matter: they are counted by Coverage."""
     shapes = {path: tuple(delta.shape()) for path, delta in adapter.deltas.items()}
-    own = family_of_layers(shapes) or adapter.family
+    own = family_of_adapter(adapter)
     if own is not None and own != family.key:
         title = FAMILIES[own].title if own in FAMILIES else own
         raise WrongFamily(

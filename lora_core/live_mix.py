@@ -11,15 +11,14 @@ from torch import nn
 
 from lora_core.adapter import Adapter, Coverage, resolve
 from lora_core.base_weights import BaseWeights, Reference
-from lora_core.config import LoraConfig
 from lora_core.deltas import Delta
 from lora_core.errors import ConfigError, LoraError, NotLoaded, did_you_mean
 from lora_core.families import Family, check_belongs
 from lora_core.mix import AdapterWeight, Mix, WeightValue, check_blocks
 from lora_core.new_tokens import NewTokens
 from lora_core.rack import Rack
+from lora_core.replication import Stacks, all_standing
 from lora_core.shelf import Shelf
-from lora_core.targets import find_targets
 from lora_core.turnstile import Turnstile
 
 Mode = Literal["live", "fused", "auto"]
@@ -57,6 +56,7 @@ class LiveMix:
         self._mix: Mix = {}
         self._rack = Rack()
         self._shelf = Shelf()
+        self._stacks = Stacks(self.models)
         self._words = NewTokens(None, {})  # a pipeline has tokenizers for them
         self._base = BaseWeights({**models, **others}, checkpoint)
         self.unet_paths = [f"unet.{n}" for n, _ in self.models["unet"].named_modules()]
@@ -79,10 +79,12 @@ class LiveMix:
         name = name or adapter.name or "lora"
         parsed = AdapterWeight.parse(name, weight)
         with self._lock:
-            check_belongs(adapter, self.models, self.family)
+            stacks = self._stacks.wanted(name, adapter.metadata, list(adapter.deltas))
+            with all_standing(stacks):
+                check_belongs(adapter, self.models, self.family)
+                layers = resolve(adapter.deltas, self.models)
             check_blocks(name, parsed, self.unet_paths)
-            self._refuse_unfusable({**self._mix, name: parsed})
-            layers = resolve(adapter.deltas, self.models)
+            self._refuse_unfusable({**self._mix, name: parsed}, shared=bool(stacks))
             coverage = Coverage.of(adapter, layers)
             if not layers and not adapter.embeddings:
                 raise LoraError(
@@ -92,6 +94,7 @@ class LiveMix:
             self._unfuse()
             self._rack.load(name, adapter, layers)
             self._words.add(name, adapter.embeddings)
+            self._stacks.wear(name, adapter.metadata, list(adapter.deltas), stacks)
             self._adapters[name], self._layers[name] = adapter, layers
             self._mix[name] = parsed
             self._show()
@@ -181,12 +184,17 @@ class LiveMix:
                     layers[path] = layer
         return layers, changes
 
-    def _refuse_unfusable(self, mix: Mix) -> None:
+    def _refuse_unfusable(self, mix: Mix, *, shared: bool = False) -> None:
         """In "fused" a mix that has no fused form is refused before anything has changed."""
         if self._mode == "fused":
-            self._refuse_fusing(mix)
+            self._refuse_fusing(mix, shared=shared)
 
-    def _refuse_fusing(self, mix: Mix) -> None:
+    def _refuse_fusing(self, mix: Mix, *, shared: bool = False) -> None:
+        if shared or self._stacks:
+            raise LoraError(
+                "A LoRA is made for replicated layers: one weight stands in several places, each with a change of its "
+                "own, and cannot be all of them. Leave it live."
+            )
         for name, weight in mix.items():
             if weight.moving or weight.half != "both":
                 what = "a curve over the steps" if weight.moving else "the prompt's half alone"
@@ -198,21 +206,6 @@ class LiveMix:
                 "The pictures being made have weights of their own, which fusing would take from them. Fuse when they "
                 "are done."
             )
-
-    def arm(self, rank: int = 64) -> None:
-        """Before compiling: hooks on every layer a LoRA may have (attention, feed-forward, their projections), on
-        zeroed buffers for `rank` slots in all. LoRAs that fit into them come and go without a recompilation."""
-        with self._lock:
-            config = LoraConfig(targets=("attention", "feed-forward"))
-            layers = {f"unet.{path}": module for path, module in find_targets(self.models["unet"], config)}
-            self._rack.arm(layers, rank)
-            self._show()
-
-    def disarm(self) -> None:
-        """The hooks of layers that wear nothing leave, and with them what was compiled is to be thrown away."""
-        with self._lock:
-            self._rack.disarm()
-            self._show()
 
     @property
     def mode(self) -> Mode:
@@ -288,6 +281,7 @@ class LiveMix:
         self._unfuse()
         self._rack.delete(*names)
         self._words.remove(*names)
+        self._stacks.forget(*names)
         for name in names:
             del self._adapters[name], self._layers[name], self._mix[name]
         self._base.release()

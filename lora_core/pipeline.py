@@ -12,6 +12,7 @@ import torch
 
 from lora_core.adapter import COMPONENTS
 from lora_core.baking import Baked, Loras, bake
+from lora_core.config import LoraConfig
 from lora_core.denoise import OnLatents, OnStep, denoise
 from lora_core.errors import LoraError
 from lora_core.families import family_of_unet
@@ -23,6 +24,7 @@ from lora_core.new_tokens import NewTokens
 from lora_core.prompt_tags import split_tags
 from lora_core.samplers import sampler_name
 from lora_core.storages import refuse_lost
+from lora_core.targets import find_targets
 
 
 class LivePipeline(MeasuredMix):
@@ -114,6 +116,21 @@ class LivePipeline(MeasuredMix):
                 )
                 for picture, seed, history in zip(pictures, seeds, histories, strict=True)
             ]
+
+    def arm(self, rank: int = 64) -> None:
+        """Before compiling: hooks on every layer a LoRA may have (attention, feed-forward, their projections), on
+        zeroed buffers for `rank` slots in all. LoRAs that fit into them come and go without a recompilation."""
+        with self._lock:
+            config = LoraConfig(targets=("attention", "feed-forward"))
+            layers = {f"unet.{path}": module for path, module in find_targets(self.models["unet"], config)}
+            self._rack.arm(layers, rank)
+            self._show()
+
+    def disarm(self) -> None:
+        """The hooks of layers that wear nothing leave, and with them what was compiled is to be thrown away."""
+        with self._lock:
+            self._rack.disarm()
+            self._show()
 
     def bake(
         self, out: str | Path, *, dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None

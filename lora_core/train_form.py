@@ -22,6 +22,7 @@ from lora_core.cast_training import let_gradients_through
 from lora_core.config import LoraConfig
 from lora_core.errors import ConfigError, LoraError
 from lora_core.quantised import count_weights
+from lora_core.replication import Stack, all_standing, map_of, read_map, written
 from lora_core.storages import Undo
 from lora_core.targets import Choice, choose
 from lora_core.targets_checked import check_plan
@@ -74,6 +75,7 @@ class LoraForm(nn.Module):
         self._frozen: list[nn.Parameter] = []  # base parameters that were trainable before attach
         self._models: dict[str, nn.Module] = {}
         self._undo: list[Undo] = []  # of what was done to a quantised base
+        self._stacks: list[Stack] = []
         self.words: TrainableWords | None = None  # new ones, from trainable.words.learn_words
 
     def parameter_groups(
@@ -157,8 +159,11 @@ def attach(
     """
     form, parts = LoraForm(), by_name(models)
     configs = dict(config) if isinstance(config, Mapping) else dict.fromkeys(parts, config)
-    plan = {component: choose(model, configs[component]) for component, model in parts.items()}
-    check_plan(plan, configs, parts)
+    maps = [map_of(c, model, configs[c].layer_replication) for c, model in parts.items()]
+    form._stacks = [Stack(parts, path, ranges) for own in maps for path, ranges in own.items()]
+    with all_standing(form._stacks):
+        plan = {component: choose(model, configs[component]) for component, model in parts.items()}
+        check_plan(plan, configs, parts)
     where = None if norm_device is None else torch.empty(0, device=norm_device).device  # with its number
     try:
         for component, choices in plan.items():
@@ -178,6 +183,8 @@ def attach(
         assert isinstance(layer, TrainableLayer)
         form._hook(layer, layer.site.layer)
     form._models = parts
+    for stack in form._stacks:
+        stack.run()
     form._frozen = [p for m in parts.values() for p in m.parameters() if p.requires_grad]
     for p in form._frozen:
         p.requires_grad_(False)
@@ -201,6 +208,11 @@ def trainable(choice: Choice, site: Site) -> TrainableLayer:
 
 
 def _start_from(form: LoraForm, start: Adapter) -> None:
+    if read_map(start.metadata) != (trained := {s.path: s.ranges for s in form._stacks}):
+        raise ConfigError(
+            f"The file to start from is made for layer_replication {read_map(start.metadata)}, this training for "
+            f"{trained}. Set the file's own."
+        )
     extra, missing = set(start.deltas) - set(form.paths), set(form.paths) - set(start.deltas)
     if extra or missing:
         raise ConfigError(
@@ -227,7 +239,8 @@ def collect(
         if isinstance(layer, TrainableLayer)
     }
     words = {} if form.words is None else form.words.collect()
-    return Adapter(deltas, dict(metadata or {}), family, name, embeddings=words)
+    facts = {**written({s.path: s.ranges for s in form._stacks}), **(metadata or {})}
+    return Adapter(deltas, facts, family, name, embeddings=words)
 
 
 def detach(form: LoraForm) -> None:
@@ -237,6 +250,8 @@ def detach(form: LoraForm) -> None:
         raise LoraError("This LoRA is not attached to a model: it was detached before.")
     for handle in form._handles:
         handle.remove()
+    for stack in form._stacks:
+        stack.stop()
     if form.words is not None:
         form.words.remove()
     for p in form._frozen:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_core.adapter import Adapter
 from lora_core.deltas import Delta
 from lora_core.errors import ConfigError, did_you_mean
-from lora_core.families import FAMILIES, family_of_layers
+from lora_core.families import FAMILIES, family_of_adapter
 from lora_core.formats import foreign, words
 from lora_core.formats.assembly import Format, Load, Reading, cast, outlines
 from lora_core.formats.diffusers import Diffusers
@@ -57,8 +57,7 @@ def _assembled(path: Path, load: Load) -> Adapter:
         deltas |= reading.deltas
         unused += reading.unused
         metadata |= whole.metadata
-    shapes = {layer: delta.shape() for layer, delta in deltas.items()}
-    family = family_of_layers(shapes) or family_of_metadata(metadata)
+    family = family_of_adapter(Adapter(deltas, metadata, family_of_metadata(metadata)))
     name = path.name if path.is_dir() else path.name.removesuffix(".safetensors")
     return Adapter(deltas, metadata, family or _of_rows(embeddings), name, unused, embeddings)
 
@@ -104,7 +103,7 @@ def write_adapter(
     }
     adapter = replace(cast(adapter, dtype), embeddings=embeddings)
     adapter.check_finite()
-    family = family_of_layers({p: d.shape() for p, d in adapter.deltas.items()}) or adapter.family
+    family = family_of_adapter(adapter)
     named = replace(adapter, family=family, name=adapter.name or path.stem)
     return formats[spelling].write(named, path, kohya_metadata(named, family=family, facts=metadata or {}))
 
