@@ -138,8 +138,8 @@ class LoraConfig:
     def _check_layers(self) -> None:
         if self.layer_replication and (self.init.startswith("pissa") or self.init in FROM_BASE):
             raise ConfigError(
-                f'init = "{self.init}" takes its beginning from the base\'s weight, which replicated layers share. Leave '
-                "init or layer_replication out."
+                f'init = "{self.init}" takes its beginning from the base\'s weight, which replicated layers share. '
+                "Leave init or layer_replication out."
             )
         if self.layers_to_transform is None:
             if self.layers_pattern:
