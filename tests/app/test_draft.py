@@ -86,7 +86,7 @@ def test_missing_answers_are_a_sentence(tmp_path: Path) -> None:
 
 def test_what_is_wanted_survives_a_restart_and_a_damaged_file(tmp_path: Path) -> None:
     path = tmp_path / "session.json"
-    rows = {"ink": Row("ink", "/x/ink.safetensors", 0.4, 0.1, False, triggers=("zxq",))}
+    rows = {"ink": Row("ink", "/x/ink.safetensors", 0.4, 0.1, on=False, triggers=("zxq",))}
     wanted = Wanted("demo", rows, Form(prompt="naïve 🦊", seed=7, sampler="Euler a"))
     write_wanted(path, wanted)
     assert read_wanted(path) == wanted
