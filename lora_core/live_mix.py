@@ -14,7 +14,7 @@ from lora_core.base_weights import BaseWeights, Reference
 from lora_core.deltas import Delta
 from lora_core.errors import ConfigError, LoraError, NotLoaded, did_you_mean
 from lora_core.families import Family, check_belongs
-from lora_core.mix import AdapterWeight, Mix, WeightValue, check_blocks
+from lora_core.mix import AdapterWeight, Mix, WeightValue, check_blocks, muted
 from lora_core.new_tokens import NewTokens
 from lora_core.rack import Rack
 from lora_core.replication import Stacks, all_standing
@@ -64,6 +64,7 @@ class LiveMix:
         self._run: Run | None = None
         self._mode: Mode = "live"
         self._still: threading.Timer | None = None
+        self._bypassed = False
         self.fusing_note = ""  # in auto: why the mix stays live, or what fusing said
 
     def load(
@@ -125,7 +126,24 @@ class LiveMix:
         if self._run is not None:
             self._run.show(self._run.progress)
         else:
-            self._rack.set_mixes([self._mix])
+            self._rack.set_mixes([self._heard(self._mix)])
+
+    @property
+    def bypassed(self) -> bool:
+        """All off: the base model answers, whatever the mix, the prompt or a picture's own mix says. These stay as they
+        are, and sound again when it is False. Acts at the next step of a running generation; unfuses."""
+        return self._bypassed
+
+    @bypassed.setter
+    def bypassed(self, off: bool) -> None:
+        with self._lock:
+            self._bypassed = off
+            self._unfuse()
+            self._show()
+            self._touched()
+
+    def _heard(self, mix: Mix) -> Mix:
+        return muted(mix, mix) if self._bypassed else mix
 
     def _changed(self, weights: Mapping[str, WeightValue], *, only: bool) -> Mix:
         for name in weights:
@@ -186,10 +204,14 @@ class LiveMix:
 
     def _refuse_unfusable(self, mix: Mix, *, shared: bool = False) -> None:
         """In "fused" a mix that has no fused form is refused before anything has changed."""
-        if self._mode == "fused":
+        if self._mode == "fused" and not self._bypassed:
             self._refuse_fusing(mix, shared=shared)
 
     def _refuse_fusing(self, mix: Mix, *, shared: bool = False) -> None:
+        if self._bypassed:
+            raise LoraError(
+                "All LoRAs are switched off (bypassed): there is nothing to fuse. Switch them on first."
+            )
         if shared or self._stacks:
             raise LoraError(
                 "A LoRA is made for replicated layers: one weight stands in several places, each with a change of its "
@@ -221,7 +243,7 @@ class LiveMix:
         with self._lock:
             if mode == "live":
                 self._unfuse()
-            elif mode == "fused" and self._adapters:
+            elif mode == "fused" and self._adapters and not self._bypassed:
                 self._fuse()
             self._mode = mode
             self._touched()
@@ -231,10 +253,10 @@ class LiveMix:
         if self._still is not None:
             self._still.cancel()
             self._still = None
-        own = self._run is not None and self._run.own_weights
+        own = self._bypassed or (self._run is not None and self._run.own_weights)
         if self._mode == "fused" and self._adapters and not self.fused and not own:
             self._fuse()
-        elif self._mode == "auto" and self._adapters and not self.fused and self._run is None:
+        elif self._mode == "auto" and self._adapters and not (self.fused or own or self._run is not None):
             self._still = threading.Timer(STILL_S, self._fuse_in_the_background)
             self._still.daemon = True
             self._still.start()

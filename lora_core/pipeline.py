@@ -212,6 +212,7 @@ class _Run:
             self.live._changed({n: w for n, w in {**self.tags, **own}.items() if n in here}, only=False)
             for own in self.asked or [{}]
         ]
+        each = [self.live._heard(mix) for mix in each]
         return each if self.asked else each * self.number
 
     def show(self, progress: float) -> None:

@@ -23,6 +23,7 @@ from trainers.config_table import (
     Dtype,
     Numbers,
     Positive,
+    Ranges,
     Seed,
     Seeds,
     Strings,
@@ -86,6 +87,11 @@ class LoraSettings(Table):
     """The same for the text encoders, such as ["final_layer_norm"]."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Biases to train as well: none, those of the layers with a LoRA, or all of the model."""
+    layer_replication: dict[str, Ranges] = Field(default_factory=dict)
+    """Stacks of the UNet's own layers to train, weights shared: the list's path -> ranges, as PEFT's layer_replication:
+    { "mid_block.attentions.0.transformer_blocks" = [[0, 1], [0, 1]] }."""
+    text_encoder_layer_replication: Ranges = ()
+    """The same for the text encoders' layers, such as [[0, 8], [4, 12]]."""
     rank_pattern: dict[str, int] = Field(default_factory=dict)
     """End of a module path (may be a regular expression) -> its own rank."""
     alpha_pattern: dict[str, float] = Field(default_factory=dict)
@@ -127,6 +133,7 @@ class LoraSettings(Table):
             init=self.init,
             loftq_iterations=self.loftq_iterations,
             rank_stabilized=self.rank_stabilized,
+            layer_replication=dict(self.layer_replication) if unet else self.text_encoder_layer_replication,
             rank_pattern=dict(self.rank_pattern),
             alpha_pattern=dict(self.alpha_pattern),
         )

@@ -59,6 +59,9 @@ Strings = Annotated[tuple[str, ...], Field(strict=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Seeds = Annotated[tuple[Seed, ...], Field(strict=False)]
 Numbers = Annotated[tuple[int, ...], Field(strict=False)]
+
+# (start, end) pairs of layers, end not included
+Ranges = Annotated[tuple[Annotated[tuple[int, int], Field(strict=False)], ...], Field(strict=False)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Dtype = Literal["fp16", "bf16", "fp32"]

@@ -701,6 +701,36 @@ def test_a_mix_per_picture_and_fused_weights_exclude_each_other(live: LivePipeli
     assert live.weights == {"a": 0.8, "b": 0.5}
 
 
+def test_all_off_is_the_base_over_every_other_weight_and_can_be_taken_back(live: LivePipeline) -> None:
+    request = GenerationRequest(prompt="a cat <lora:a:1.5>", steps=2, mixes=({"a": 1.0}, {"b": 2.0}))
+    worn = [p.image.tobytes() for p in live.generate(request)]
+    bare = LivePipeline(small_pipeline("sd1"))
+    base = [
+        p.image.tobytes() for p in bare.generate(GenerationRequest(prompt="a cat", steps=2, mixes=({}, {})))
+    ]
+    weights = live.weights
+    live.fuse()
+    live.bypassed = True
+    assert not live.fused
+    off = live.generate(request)
+    assert [p.image.tobytes() for p in off] == base != worn
+    assert all(p.weights == {"a": 0.0, "b": 0.0} for p in off)
+    with pytest.raises(LoraError, match="Switch them on"):
+        live.fuse()
+    live.mode = "fused"  # which waits until they are on
+    assert not live.fused
+    live.bypassed = False
+    assert live.fused
+    live.mode = "live"
+    assert live.weights == weights
+    assert [p.image.tobytes() for p in live.generate(request)] == worn
+
+
+def test_all_off_acts_at_the_next_step(live: LivePipeline) -> None:
+    unchanged = latents_of(live)
+    assert same_until(unchanged, latents_of(live, 2, lambda: setattr(live, "bypassed", True))) == 2
+
+
 def test_a_failed_load_leaves_everything_as_it_was(
     live: LivePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,6 +96,8 @@ text_encoder_layers_to_transform = [1]
 modules_to_save = ["conv_in"]
 text_encoder_modules_to_save = ["final_layer_norm"]
 bias = "lora_only"
+layer_replication = {"mid_block.attentions.0.transformer_blocks" = [[0, 1], [0, 1]]}
+text_encoder_layer_replication = [[0, 2], [1, 2]]
 rank_pattern = {"to_q" = 2}
 alpha_pattern = {"to_q" = 4.0}
 start_from = "it.safetensors"
@@ -114,6 +116,8 @@ start_from = "it.safetensors"
         "layers_pattern",
         "modules_to_save",
         "bias",
+        "layer_replication",
+        "text_encoder_layer_replication",
     )
     assert all(getattr(config.lora, name) != getattr(defaults, name) for name in new)
     assert presets.load(write(tmp_path, "dumped.toml", presets.dump(config))) == config
@@ -121,6 +125,8 @@ start_from = "it.safetensors"
     assert (unet.kind, unet.factor, unet.decompose_both, unet.bias) == ("lokr", 8, True, "lora_only")
     assert (unet.layers_to_transform, unet.layers_pattern) == ((2,), ("transformer_blocks",))
     assert (words.layers_to_transform, words.layers_pattern) == ((1,), ())
+    assert unet.layer_replication == {"mid_block.attentions.0.transformer_blocks": ((0, 1), (0, 1))}
+    assert words.layer_replication == ((0, 2), (1, 2))
     assert (unet.modules_to_save, words.modules_to_save) == (("conv_in",), ("final_layer_norm",))
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lora_core import LivePipeline, attach, detach, read_adapter
-from lora_core.errors import ConfigError, Stopped
+from lora_core.errors import ConfigError, LoraError, Stopped
 from lora_core.safe_files import read_header, read_tensors
 from tests.trainers.runs import Recorder, base_folder, config, pictures
 from trainers.dreambooth import train
@@ -35,6 +35,12 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
             "bias": "lora_only",
             "variant": "dora",
             "text_encoder_targets": ["v_proj", "token_embedding"],
+        }
+    },
+    "replicated layers": {
+        "lora": {
+            "layer_replication": {"mid_block.attentions.0.transformer_blocks": [[0, 1], [0, 1]]},
+            "text_encoder_layer_replication": [[0, 2], [1, 2]],
         }
     },
     "whole modules and every bias": {
@@ -103,7 +109,11 @@ def test_trained_resumed_saved_read_and_worn(tmp_path: Path, base: Path, case: s
     worn = answers(live)
     torch.testing.assert_close(worn, trained, rtol=1e-4, atol=1e-4)
     assert (worn - bare).abs().max() > 1e-3
-    live.fuse()
+    if settings.lora.layer_replication:  # one weight in several places cannot be all of them
+        with pytest.raises(LoraError, match="replicated layers"):
+            live.fuse()
+    else:
+        live.fuse()
     torch.testing.assert_close(answers(live), trained, rtol=1e-4, atol=1e-4)
     live.unload()
     assert torch.equal(answers(live), bare)
