@@ -137,6 +137,23 @@ def shoot(camera: Camera, session: Session, scratch: Path) -> None:
         page.reload()
         expect(page.locator("#generate")).to_be_visible(timeout=60_000)
     camera.take("generate")
+    first = next(iter(camera))
+    first.locator("#mixes-more > button").click()
+    for name in ("ink and light", "ink alone"):
+        first.get_by_label("Name of this mix").fill(name)
+        first.get_by_role("button", name="Save this mix", exact=True).click()
+        expect(first.get_by_role("button", name=f"Wear {name}", exact=True)).to_have_text(
+            "Worn", timeout=10_000
+        )
+        session.set_row("soft-light", weight=0.0)
+    for page in camera:
+        if page != first:
+            page.locator("#mixes-more > button").click()
+        page.locator("summary", has_text="More of ink").click()
+    camera.take("mixer")
+    for page in camera:
+        page.reload()
+        expect(page.locator("#generate")).to_be_visible(timeout=60_000)
     session.remember(steps=100, count=8)
     session.generate(session.wanted.form.request())
     wait(lambda: session.worker.view.step > 5, "steps")
