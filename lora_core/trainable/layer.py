@@ -163,4 +163,10 @@ class _Gained(torch.autograd.Function):
         (grad,), (base_out, gain) = grads, ctx.saved_tensors
         to_base = (grad * gain).to(base_out.dtype) if ctx.needs_input_grad[0] else None
         wide = grad.float()
-        return to_base, (wide * base_out).sum_to_size(gain.shape), wide
+        if gain.dim() != 1 or not (wide.is_contiguous() and base_out.is_contiguous()):
+            return to_base, (wide * base_out).sum_to_size(gain.shape), wide
+        to_gain, tokens = torch.zeros_like(gain), max(1, algebra.ROWS // len(gain))
+        rows = (torch.split(t.view(-1, len(gain)), tokens) for t in (wide, base_out))
+        for some, out in zip(*rows, strict=True):  # a product of the output's size would be fresh memory
+            to_gain += (some * out).sum(0)
+        return to_base, to_gain, wide
