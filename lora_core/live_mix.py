@@ -253,10 +253,12 @@ class LiveMix:
         if self._still is not None:
             self._still.cancel()
             self._still = None
-        own = self._bypassed or (self._run is not None and self._run.own_weights)
-        if self._mode == "fused" and self._adapters and not self.fused and not own:
+        kept_live = self._bypassed or (self._run is not None and self._run.own_weights)
+        if self._mode == "fused" and self._adapters and not self.fused and not kept_live:
             self._fuse()
-        elif self._mode == "auto" and self._adapters and not (self.fused or own or self._run is not None):
+        elif (
+            self._mode == "auto" and self._adapters and not (self.fused or kept_live or self._run is not None)
+        ):
             self._still = threading.Timer(STILL_S, self._fuse_in_the_background)
             self._still.daemon = True
             self._still.start()

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -145,35 +146,38 @@ def stream_tensors(
 
 
 def _compare_digests(written: Path, digests: Mapping[str, bytes], path: Path) -> None:
-    try:
+    with _read_back(path):
         header = read_header(written)
         same = set(header.tensors) == set(digests) and all(
             hashlib.blake2b(_bytes(read_tensors(header, [name])[name]).numpy().data).digest() == digest
             for name, digest in digests.items()
         )
-    except FileRefused as problem:
-        raise SaveFailed(
-            f"{path.name} could not be saved: what was written is not a file we would read ({problem})"
-        ) from problem
     if not same:
         raise SaveFailed(_other_bytes(path))
 
 
 def _compare(written: Path, tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
     """Done on the temporary file: a bad copy never takes the place of a good one."""
-    try:
+    with _read_back(path):
         header = read_header(written)
         same = header.metadata == metadata and set(header.tensors) == set(tensors)
         for name in header.tensors if same else ():
             back, sent = read_tensors(header, [name])[name], tensors[name].detach().to("cpu")
             same = same and back.dtype == sent.dtype and back.shape == sent.shape
             same = same and torch.equal(_bytes(back), _bytes(sent))
+    if not same:
+        raise SaveFailed(_other_bytes(path))
+
+
+@contextmanager
+def _read_back(path: Path) -> Iterator[None]:
+    """What our own reader would refuse is not saved."""
+    try:
+        yield
     except FileRefused as problem:
         raise SaveFailed(
             f"{path.name} could not be saved: what was written is not a file we would read ({problem})"
         ) from problem
-    if not same:
-        raise SaveFailed(_other_bytes(path))
 
 
 def _other_bytes(path: Path) -> str:

@@ -14,15 +14,20 @@ from lora_core.terms import through
 from lora_core.trainable import Factors, Site, on_cpu
 
 
-class TrainableLowRank(Factors):
-    """down A (r, in[, k, k]) runs with the layer's stride and padding, up B (out, r[, 1, 1]) mixes its outputs."""
-
-    fast = ("up",)
-
+class _DownAndUp(Factors):
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         down, up = init.begin(site)
         self.down, self.up = nn.Parameter(down), nn.Parameter(up)
+
+    def row_norms(self, weight: Tensor, n0: Tensor) -> Tensor:
+        return algebra.row_norms(weight, self.down, self.up, scale=self.site.scale, n0=n0)
+
+
+class TrainableLowRank(_DownAndUp):
+    """down A (r, in[, k, k]) runs with the layer's stride and padding, up B (out, r[, 1, 1]) mixes its outputs."""
+
+    fast = ("up",)
 
     @staticmethod
     def trains(site: Site) -> bool:
@@ -36,13 +41,9 @@ class TrainableLowRank(Factors):
         return self._through(x, self.down, up, offset)
 
     def _through(self, x: Tensor, down: Tensor, up: Tensor, offset: Tensor | None = None) -> Tensor:
-        low = (
-            through(self.site.layer, x, down) * self.site.scale
-        )  # before `up`, where there is least to scale
+        # scaled before `up`, where there is least to scale
+        low = through(self.site.layer, x, down) * self.site.scale
         return F.conv2d(low, up, offset) if up.dim() == 4 else F.linear(low, up, offset)
-
-    def row_norms(self, weight: Tensor, n0: Tensor) -> Tensor:
-        return algebra.row_norms(weight, self.down, self.up, scale=self.site.scale, n0=n0)
 
     def collect(self) -> Delta:
         return LowRank(on_cpu(self.down), on_cpu(self.up), self.site.stored_alpha)
@@ -54,17 +55,12 @@ class TrainableLowRank(Factors):
         self.up.copy_(found.up.reshape(self.up.shape) * (found.scale / self.site.scale))
 
 
-class TrainableEmbedding(Factors):
+class TrainableEmbedding(_DownAndUp):
     """loralib's and PEFT's embedding: A (r, num) is looked up, B (dim, r) mixes; the weight (num, dim) changes by
     s (B A)ᵀ. No dropout falls on numbers of words, as in PEFT."""
 
     drops_out = False
     fast = ()  # PEFT gives an embedding's factors a rate of their own; ours have the plain one
-
-    def __init__(self, site: Site) -> None:
-        super().__init__(site)
-        down, up = init.begin(site)
-        self.down, self.up = nn.Parameter(down), nn.Parameter(up)
 
     @staticmethod
     def trains(site: Site) -> bool:
@@ -72,9 +68,6 @@ class TrainableEmbedding(Factors):
 
     def change(self, x: Tensor) -> Tensor:
         return F.linear(F.embedding(x, self.down.T), self.up) * self.site.scale
-
-    def row_norms(self, weight: Tensor, n0: Tensor) -> Tensor:
-        return algebra.row_norms(weight, self.down, self.up, scale=self.site.scale, n0=n0)
 
     def collect(self) -> Delta:
         """Of the weight as it is kept, (num, dim) = (num, r) (r, dim)."""
