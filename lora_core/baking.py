@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapter import COMPONENTS, Adapter, Coverage, file_path, resolve, weight_of
+from lora_core.adapter import COMPONENTS, Adapter, Coverage, file_path, weight_of
 from lora_core.base_weights import bias_of
 from lora_core.deltas import Delta
 from lora_core.deltas.bias import WithBias
@@ -85,9 +85,7 @@ def bake(
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype = {dtype} cannot hold a model: use float16, bfloat16 or float32 of torch.")
     if out.exists():
-        raise LoraError(
-            f"{out.name} exists already in {out.parent}. Choose another name, or remove it first."
-        )
+        raise LoraError(f"{out} exists already. Choose another name, or remove it first.")
     weights = weights_of(base, pristine=True)
     model = _Fused(weights, loras, dtype)
     facts = {**_facts(weights, model.said), **{k: without_paths(v) for k, v in (metadata or {}).items()}}
@@ -114,7 +112,7 @@ class _Fused:
     def _add(self, adapter: Adapter, weight: AdapterWeight) -> None:
         name = adapter.name or "lora"
         adapter.check_finite()
-        check_belongs(adapter, self.weights.models, self.weights.family)
+        found = check_belongs(adapter, self.weights.models, self.weights.family)
         if weight.moving or weight.half != "both":
             what = "a curve over the steps" if weight.moving else "the prompt's half alone"
             raise LoraError(f'"{name}" is set to {what}, which no file of weights can say. Set it plainly.')
@@ -128,7 +126,6 @@ class _Fused:
                 f'"{name}" is made for replicated layers, which share their weights and could not have a change each. '
                 "Load the LoRA instead."
             )
-        found = resolve(adapter.deltas, dict(self.weights.models))
         if not found:
             raise LoraError(
                 f'None of the {len(adapter.deltas)} layers of "{name}" exist in {self.weights.name}: nothing was '

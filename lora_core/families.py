@@ -122,10 +122,12 @@ def family_of_adapter(adapter: Adapter) -> str | None:
     return family_of_layers({path: adapter.deltas[path].shape() for path in paths}) or adapter.family
 
 
-def check_belongs(adapter: Adapter, models: Mapping[str, nn.Module], family: Family) -> None:
-    """Raise WrongFamily, in one sentence for its reader, if `adapter` is of another family than the model
-    with these components, or if a layer of it has another shape than the model's. Layers that the model
-    lacks are not this function's matter: they are counted by Coverage."""
+def check_belongs(adapter: Adapter, models: Mapping[str, nn.Module], family: Family) -> dict[str, nn.Module]:
+    """-> the layers of `adapter` that the model has, by path.
+
+    Raises WrongFamily, in one sentence for its reader, if `adapter` is of another family than the model with these
+    components, or if a layer of it has another shape than the model's. Layers that the model lacks are not this
+    function's matter: they are counted by Coverage."""
     shapes = {path: tuple(delta.shape()) for path, delta in adapter.deltas.items()}
     own = family_of_adapter(adapter)
     if own is not None and own != family.key:
@@ -133,7 +135,8 @@ def check_belongs(adapter: Adapter, models: Mapping[str, nn.Module], family: Fam
         raise WrongFamily(
             f"This is an {title} LoRA; the model is {family.title}. Load it on an {title} model."
         )
-    for path, layer in resolve(shapes, dict(models)).items():
+    layers = resolve(shapes, dict(models))
+    for path, layer in layers.items():
         delta = adapter.deltas[path]
         if not isinstance(getattr(layer, "weight", None), nn.Parameter):
             raise WrongFamily(
@@ -157,6 +160,7 @@ def check_belongs(adapter: Adapter, models: Mapping[str, nn.Module], family: Fam
                 f"{path} of this LoRA changes a weight of {by(shapes[path])}, in this model it has "
                 f"{by(expected)}. The LoRA was trained on a model {why}: load it on that."
             )
+    return layers
 
 
 def by(shape: Iterable[Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 
 from torch import nn
 
-from lora_core.adapter import Adapter, Coverage, resolve
+from lora_core.adapter import Adapter, Coverage
 from lora_core.base_weights import BaseWeights, Reference
 from lora_core.deltas import Delta
 from lora_core.errors import ConfigError, LoraError, NotLoaded, did_you_mean
@@ -82,8 +82,7 @@ class LiveMix:
         with self._lock:
             stacks = self._stacks.wanted(name, adapter.metadata, list(adapter.deltas))
             with all_standing(stacks):
-                check_belongs(adapter, self.models, self.family)
-                layers = resolve(adapter.deltas, self.models)
+                layers = check_belongs(adapter, self.models, self.family)
             check_blocks(name, parsed, self.unet_paths)
             self._refuse_unfusable({**self._mix, name: parsed}, shared=bool(stacks))
             coverage = Coverage.of(adapter, layers)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_core import burn
-from lora_core.adapter import COMPONENTS, Adapter, file_path, resolve
+from lora_core.adapter import COMPONENTS, Adapter, file_path
 from lora_core.base_files import Stored
 from lora_core.errors import LoraError, NotLoaded
 from lora_core.families import Family, check_belongs, family_of_unet
@@ -104,8 +104,7 @@ def strength_of(adapter: Adapter, base: Any, weight: float = 1.0) -> dict[str, f
     Raises WrongFamily, and NotLoaded where the model has none of the LoRA's layers.
     """
     weights = weights_of(base, pristine=True)
-    check_belongs(adapter, weights.models, weights.family)
-    found = resolve(adapter.deltas, dict(weights.models))
+    found = check_belongs(adapter, weights.models, weights.family)
     if not found:
         raise NotLoaded(
             f'None of the {len(adapter.deltas)} layers of "{adapter.name}" exist in {weights.name}. Give the model it '

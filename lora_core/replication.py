@@ -122,7 +122,7 @@ class Stack:
         if max(end for _, end in ranges) > len(own):
             raise ConfigError(
                 f"layer_replication of {path} reaches to {max(end for _, end in ranges)}; there are {len(own)} layers "
-                "in this model."
+                f"in this model. End every range at {len(own)} or before."
             )
         self.path, self.ranges, self._own = path, ranges, own
         self._sources = [own[i] for start, end in ranges for i in range(start, end)]

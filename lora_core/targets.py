@@ -47,7 +47,8 @@ def choose(model: nn.Module, config: LoraConfig) -> list[Choice]:
     saved = find_saved(model, config)
     targets = dict(find_targets(model, config))
     chosen = []
-    for path, module in model.named_modules():
+    elsewhere = saved or config.bias == "all"  # else the targets are all there is to look at
+    for path, module in model.named_modules() if elsewhere else targets.items():
         whole, factors = path in saved, path in targets
         has_bias = isinstance(getattr(module, "bias", None), nn.Parameter)
         bias = has_bias and (whole or config.bias == "all" or (config.bias == "lora_only" and factors))

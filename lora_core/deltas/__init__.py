@@ -38,7 +38,7 @@ class Delta(Protocol):
         ...
 
     def low_rank_form(self) -> tuple[Tensor, Tensor] | None:
-        """fp32 down (r, in[, k, k]) and up (out, r), the scale folded into `up`, with ΔW = up · down exactly.
+        """down (r, in[, k, k]), as stored, and fp32 up (out, r), the scale folded into it, with ΔW = up · down exactly.
 
         None where there is no such form smaller than the dense ΔW, or where ΔW needs the original weight. `down` has
         the dimensions that `shape` tells: reshape it to (r, *weight.shape[1:]).

@@ -46,7 +46,7 @@ class LowRank:
         return algebra.low_rank(self.down, self.up, scale=self.scale).reshape(original.shape)
 
     def low_rank_form(self) -> tuple[Tensor, Tensor]:
-        return self.down.float(), algebra.flat(self.up) * self.scale
+        return self.down, algebra.flat(self.up) * self.scale
 
     def tensors(self) -> dict[str, Tensor]:
         return {"down": self.down, "up": self.up, "alpha": torch.tensor(float(self.alpha))}

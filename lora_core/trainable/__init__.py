@@ -46,7 +46,7 @@ class Site:
         out, inner = weight_shape(self.layer)
         return (*inner, out) if self.is_embedding else (out, *inner)
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         return Place.of(self.layer).device
 

@@ -210,7 +210,11 @@ def test_stacks_that_differ_are_refused_in_a_sentence_and_nothing_has_changed() 
 @pytest.mark.parametrize(
     ("component", "wanted", "said"),
     [
-        ("text_encoder", ((0, 4),), "reaches to 4; there are 3 layers"),
+        (
+            "text_encoder",
+            ((0, 4),),
+            "reaches to 4; there are 3 layers in this model. End every range at 3 or before",
+        ),
         ("text_encoder", ((2, 1),), "0 <= start < end"),
         ("text_encoder", ((0, 3),) * 99, "more than 256"),
         ("unet", ((0, 1), (0, 1)), "which of"),
