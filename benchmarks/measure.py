@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import gc
 import os
 import platform
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -65,6 +67,31 @@ def compared(
         return row
     met = None if row.ratio is None else row.ratio <= at_most
     return Row(**{**asdict(row), "goal": f"≤ {at_most:g} × peer", "met": met})
+
+
+def measured(
+    rows: Mapping[str, Callable[[Any], Iterator[Row]]], only: Sequence[str] | None, setting: Any
+) -> list[Row]:
+    """Every row asked for, each said on stderr as soon as it is there: who stops a long run keeps what it found."""
+    found: list[Row] = []
+    with quiet():
+        for name, measure in rows.items():
+            if only is not None and name not in only:
+                continue
+            start = time.perf_counter()
+            for row in measure(setting):
+                found.append(row)
+                print(f"{row.what}: {row.ours} {row.unit}, peer {row.peer}", file=sys.stderr, flush=True)
+            print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    return found
+
+
+def positive(text: str) -> int:
+    """A count on the command line."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
 
 
 @contextlib.contextmanager

@@ -10,14 +10,11 @@ Every figure is a median of n rounds in which both sides take turns, after a war
 from __future__ import annotations
 
 import argparse
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 
 from benchmarks import method_rows, swap_models
-from benchmarks.measure import Row, machine, quiet, table
+from benchmarks.measure import Row, machine, measured, positive, table
 from benchmarks.method_rows import Setting
-from benchmarks.swap import positive
 
 ROWS: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "dora": method_rows.dora,
@@ -39,16 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
         "--repeats", type=positive, default=5, metavar="N", help="rounds per median (default: 5)"
     )
     options = parser.parse_args(arguments)
-    rows: list[Row] = []
     setting = Setting(options.size == "tiny", swap_models.DTYPES[options.dtype], options.repeats)
-    with quiet():
-        for name, measure in ROWS.items():
-            if options.only is None or name in options.only:
-                start = time.perf_counter()
-                for row in measure(setting):
-                    rows.append(row)
-                    print(f"{row.what}: {row.ours} {row.unit}, peer {row.peer}", file=sys.stderr, flush=True)
-                print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    rows = measured(ROWS, options.only, setting)
     facts = {**machine(), "dtype": options.dtype}
     print(f"\n{', '.join(f'{name}: {value}' for name, value in facts.items())}\n\n{table(rows)}")
     return rows

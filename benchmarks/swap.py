@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks import swap_layers, swap_models, swap_rows
-from benchmarks.measure import Row, machine, quiet, table
+from benchmarks.measure import Row, machine, measured, positive, table
 from benchmarks.swap_rows import Setting
 
 ROWS: dict[str, Callable[[Setting], Iterator[Row]]] = {
@@ -53,30 +51,16 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     options = parser.parse_args(arguments)
 
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder, quiet():
+    with tempfile.TemporaryDirectory() as folder:
         dtype = swap_models.DTYPES[options.dtype]
         setting = Setting(options.size, dtype, options.repeats, options.swaps, Path(folder))
-        for name, measure in ROWS.items():
-            if options.only is None or name in options.only:
-                start = time.perf_counter()
-                for row in measure(setting):  # said at once: who stops a long run keeps what it found
-                    rows.append(row)
-                    print(f"{row.what}: {row.ours} {row.unit}, peer {row.peer}", file=sys.stderr, flush=True)
-                print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+        rows = measured(ROWS, options.only, setting)
     facts = {**machine(), "size": options.size, "dtype": options.dtype}
     print(f"\n{', '.join(f'{name}: {value}' for name, value in facts.items())}\n\n{table(rows)}")
     if options.json is not None:
         report = {"machine": facts, "rows": [row.as_json() for row in rows]}
         options.json.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return rows
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return number
 
 
 if __name__ == "__main__":
