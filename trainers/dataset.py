@@ -21,7 +21,7 @@ from torch import Tensor
 from lora_core.errors import ConfigError
 from trainers.buckets import CropPlan, Size, View, apply, plan_crop
 from trainers.captions import read_caption, sidecar
-from trainers.config import DataSettings
+from trainers.config_data import DataSettings
 from trainers.images import EXTENSIONS, BadImage, decode, is_animated, open_image, read_bytes
 from trainers.scan_report import ScanReport, listed
 

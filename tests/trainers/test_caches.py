@@ -23,7 +23,7 @@ from trainers.caches import (
     save_posterior,
     vae_identity,
 )
-from trainers.config import DataSettings
+from trainers.config_data import DataSettings
 from trainers.dataset import Dataset, scan
 
 

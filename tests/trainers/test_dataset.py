@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from lora_core.errors import ConfigError
-from trainers.config import DataSettings
+from trainers.config_data import DataSettings
 from trainers.dataset import Sampler, picture_files, pixels, scan
 from trainers.images import open_image
 from trainers.scan_report import ScanReport
