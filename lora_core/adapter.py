@@ -21,8 +21,8 @@ class Adapter:
     A path is `<component>.<module path>`, for text encoders in the spelling every file uses, with
     `text_model.`: `unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q`,
     `text_encoder.text_model.encoder.layers.0.self_attn.q_proj`. `family` is a key of families.FAMILIES
-    or None where the layers do not tell; `unused` names the file's keys that say nothing we know. `embeddings` are new
-    words (new_tokens.py): word -> text encoder -> rows (n, width).
+    or None where nothing tells it, `told_by` what does; `unused` names the file's keys that say nothing we know.
+    `embeddings` are new words (new_tokens.py): word -> text encoder -> rows (n, width).
     """
 
     deltas: dict[str, Delta]
@@ -31,6 +31,7 @@ class Adapter:
     name: str = ""
     unused: tuple[str, ...] = ()
     embeddings: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    told_by: str = ""
 
     def components(self) -> tuple[str, ...]:
         present = {path.split(".", 1)[0] for path in self.deltas}

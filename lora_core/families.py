@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -88,8 +88,15 @@ def family_of_unet(unet: nn.Module) -> Family:
     )
 
 
-def family_of_layers(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """The family that an adapter's layers (adapter path -> weight shape) show; None where they do not tell.
+class Told(NamedTuple):
+    """A family's key, and what shows it: the end of "told by ...". Both are empty where nothing does."""
+
+    key: str | None = None
+    by: str = ""
+
+
+def family_of_layers(shapes: Mapping[str, tuple[int, ...]]) -> Told:
+    """The family that an adapter's layers (adapter path -> weight shape) show.
 
     Parts of a model that only one family has decide first, the original models' widths after that. A first
     text encoder of width 768 belongs to SD 1.x and SDXL alike, so it tells nothing.
@@ -102,24 +109,27 @@ def family_of_layers(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
         for p, s in shapes.items()
         if p.startswith("text_encoder.") and p.endswith("_proj") and len(s) > 1
     }
-    if (
-        any(path.startswith("text_encoder_2.") for path in shapes)
-        or any(".transformer_blocks.1." in path for path in in_unet)
-        or FAMILIES["sdxl"].context_width in contexts
-    ):
-        return "sdxl"
-    if FAMILIES["sd2"].context_width in contexts | words:
-        return "sd2"
-    if FAMILIES["sd1"].context_width in contexts:
-        return "sd1"
+    if any(path.startswith("text_encoder_2.") for path in shapes):
+        return Told("sdxl", "layers of a second text encoder")
+    if any(".transformer_blocks.1." in path for path in in_unet):
+        return Told("sdxl", "attention blocks of several transformer layers")
+    for key in ("sdxl", "sd2", "sd1"):
+        width = FAMILIES[key].context_width
+        if width in contexts:
+            return Told(key, f"cross-attention to text of {width} features")
+        if key == "sd2" and width in words:
+            return Told(key, f"a text encoder of {width} features")
     # last, for a 1x1 convolution's factors may be stored as matrices: LoHa and LoKr mostly are
-    return "sd2" if entries == {2} else "sd1" if entries == {4} else None
+    if entries == {2}:
+        return Told("sd2", "attention blocks that begin with a linear layer")
+    return Told("sd1", "attention blocks that begin with a convolution") if entries == {4} else Told()
 
 
-def family_of_adapter(adapter: Adapter) -> str | None:
+def family_of_adapter(adapter: Adapter) -> Told:
     """By its layers first. The numbers of replicated layers count in a stack and tell nothing."""
     paths = not_replicated(adapter.deltas, adapter.metadata)
-    return family_of_layers({path: adapter.deltas[path].shape() for path in paths}) or adapter.family
+    told = family_of_layers({path: adapter.deltas[path].shape() for path in paths})
+    return told if told.key else Told(adapter.family, adapter.told_by)
 
 
 def check_belongs(adapter: Adapter, models: Mapping[str, nn.Module], family: Family) -> dict[str, nn.Module]:
@@ -129,7 +139,7 @@ def check_belongs(adapter: Adapter, models: Mapping[str, nn.Module], family: Fam
     components, or if a layer of it has another shape than the model's. Layers that the model lacks are not this
     function's matter: they are counted by Coverage."""
     shapes = {path: tuple(delta.shape()) for path, delta in adapter.deltas.items()}
-    own = family_of_adapter(adapter)
+    own = family_of_adapter(adapter).key
     if own is not None and own != family.key:
         title = FAMILIES[own].title if own in FAMILIES else own
         raise WrongFamily(

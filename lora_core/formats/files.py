@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_core.adapter import Adapter
 from lora_core.deltas import Delta
 from lora_core.errors import ConfigError, did_you_mean
-from lora_core.families import FAMILIES, family_of_adapter
+from lora_core.families import FAMILIES, Told, family_of_adapter
 from lora_core.formats import foreign, words
 from lora_core.formats.assembly import Format, Load, Reading, cast, outlines
 from lora_core.formats.diffusers import Diffusers
@@ -57,17 +57,21 @@ def _assembled(path: Path, load: Load) -> Adapter:
         deltas |= reading.deltas
         unused += reading.unused
         metadata |= whole.metadata
-    family = family_of_adapter(Adapter(deltas, metadata, family_of_metadata(metadata)))
+    claimed = family_of_metadata(metadata)
+    told = family_of_adapter(Adapter(deltas, metadata, claimed.key, told_by=claimed.by))
+    if told.key is None:
+        told = _of_rows(embeddings)
     name = path.name if path.is_dir() else path.name.removesuffix(".safetensors")
-    return Adapter(deltas, metadata, family or _of_rows(embeddings), name, unused, embeddings)
+    return Adapter(deltas, metadata, told.key, name, unused, embeddings, told.by)
 
 
-def _of_rows(embeddings: dict[str, dict[str, Tensor]]) -> str | None:
+def _of_rows(embeddings: dict[str, dict[str, Tensor]]) -> Told:
     """The family that words alone show: 768 numbers are of SD 1.x, and SDXL has two encoders."""
     widths = {rows.shape[1] for parts in embeddings.values() for rows in parts.values()}
     if any(len(parts) > 1 for parts in embeddings.values()):
-        return "sdxl"
-    return next((key for key in ("sd1", "sd2") if widths == {FAMILIES[key].context_width}), None)
+        return Told("sdxl", "words for two text encoders")
+    key = next((key for key in ("sd1", "sd2") if widths == {FAMILIES[key].context_width}), None)
+    return Told(key, f"words of {FAMILIES[key].context_width} numbers") if key else Told()
 
 
 def write_adapter(
@@ -103,7 +107,7 @@ def write_adapter(
     }
     adapter = replace(cast(adapter, dtype), embeddings=embeddings)
     adapter.check_finite()
-    family = family_of_adapter(adapter)
+    family = family_of_adapter(adapter).key
     named = replace(adapter, family=family, name=adapter.name or path.stem)
     return formats[spelling].write(named, path, kohya_metadata(named, family=family, facts=metadata or {}))
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lora_core.adapter import Adapter
 from lora_core.errors import ConfigError
-from lora_core.families import FAMILIES
+from lora_core.families import FAMILIES, Told
 from lora_core.formats.assembly import ranks_and_alphas, unwrapped
 from lora_core.formats.kinds import kind_of_delta
 from lora_core.safe_files import serialized
@@ -50,7 +50,7 @@ def kohya_metadata(adapter: Adapter, *, family: str | None, facts: Mapping[str, 
         if not isinstance(key, str) or not isinstance(value, str):
             raise ConfigError(f"metadata {key!r} = {value!r:.60} is not text to text. Write it as text.")
     own = {k: v for k, v in adapter.metadata.items() if k not in OF_THE_FILE}
-    if (named := family_of_metadata(own)) is not None and named != family:
+    if family_of_metadata(own).key not in (None, family):
         for key in ("ss_base_model_version", "ss_v2", "modelspec.architecture"):
             own.pop(key, None)
     stated = {**own, **facts}
@@ -71,14 +71,17 @@ def with_hashes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[st
     return {**rest, "sshs_model_hash": model, "sshs_legacy_hash": legacy}
 
 
-def family_of_metadata(metadata: Mapping[str, str]) -> str | None:
-    """What a file claims to be for, or None. Such claims are often wrong: shapes go first."""
+def family_of_metadata(metadata: Mapping[str, str]) -> Told:
+    """What a file claims to be for. Such claims are often wrong: shapes go first."""
     version, architecture = (metadata.get(k, "") for k in ("ss_base_model_version", "modelspec.architecture"))
     for family in FAMILIES.values():
-        if version in family.base_versions or architecture in family.architectures:
-            return family.key
+        if version in family.base_versions:
+            return Told(family.key, f"its metadata (ss_base_model_version = {version})")
+        if architecture in family.architectures:
+            return Told(family.key, f"its metadata (modelspec.architecture = {architecture})")
     starts = {"sdxl": "sdxl", "sd_v2": "sd2", "sd_v1": "sd1", "sd_1": "sd1", "sd_2": "sd2"}
-    return next((key for start, key in starts.items() if version.startswith(start)), None)
+    known = next((key for start, key in starts.items() if version.startswith(start)), None)
+    return Told(known, f"its metadata (ss_base_model_version = {version[:40]})") if known else Told()
 
 
 def without_paths(value: str) -> str:

@@ -90,29 +90,50 @@ ATTENTION = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
 
 
 @pytest.mark.parametrize(
-    ("shapes", "family"),
+    ("shapes", "family", "by"),
     [
-        ({ATTENTION: (640, 768)}, "sd1"),
-        ({ATTENTION: (640, 1024)}, "sd2"),
-        ({ATTENTION: (640, 2048)}, "sdxl"),
-        ({ATTENTION: (640, 128)}, None),
-        ({"unet.mid_block.attentions.0.proj_in": (1280, 1280, 1, 1)}, "sd1"),
-        ({"unet.mid_block.attentions.0.proj_in": (1280, 1280)}, "sd2"),
-        ({"unet.mid_block.attentions.0.transformer_blocks.1.attn1.to_q": (1280, 1280)}, "sdxl"),
-        ({"text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj": (1280, 1280)}, "sdxl"),
-        ({"text_encoder.text_model.encoder.layers.0.self_attn.q_proj": (768, 768)}, None),
-        ({"text_encoder.text_model.encoder.layers.0.self_attn.q_proj": (1024, 1024)}, "sd2"),
-        ({"unet.mid_block.attentions.0.proj_in": (1280, 1280), ATTENTION: (640, 2048)}, "sdxl"),
-        ({}, None),
+        ({ATTENTION: (640, 768)}, "sd1", "768 features"),
+        ({ATTENTION: (640, 1024)}, "sd2", "1024 features"),
+        ({ATTENTION: (640, 2048)}, "sdxl", "2048 features"),
+        ({ATTENTION: (640, 128)}, None, ""),
+        ({"unet.mid_block.attentions.0.proj_in": (1280, 1280, 1, 1)}, "sd1", "a convolution"),
+        ({"unet.mid_block.attentions.0.proj_in": (1280, 1280)}, "sd2", "a linear layer"),
+        (
+            {"unet.mid_block.attentions.0.transformer_blocks.1.attn1.to_q": (8, 8)},
+            "sdxl",
+            "transformer layers",
+        ),
+        (
+            {"text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj": (8, 8)},
+            "sdxl",
+            "second text encoder",
+        ),
+        ({"text_encoder.text_model.encoder.layers.0.self_attn.q_proj": (768, 768)}, None, ""),
+        (
+            {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj": (1024, 1024)},
+            "sd2",
+            "text encoder of 1024",
+        ),
+        (
+            {"unet.mid_block.attentions.0.proj_in": (1280, 1280), ATTENTION: (640, 2048)},
+            "sdxl",
+            "2048 features",
+        ),
+        ({}, None, ""),
     ],
 )
-def test_the_family_of_layers(shapes: dict[str, tuple[int, ...]], family: str | None) -> None:
-    assert family_of_layers(shapes) == family
+def test_the_family_of_layers_and_what_tells_it(
+    shapes: dict[str, tuple[int, ...]], family: str | None, by: str
+) -> None:
+    told = family_of_layers(shapes)
+    assert told.key == family
+    assert by in told.by
+    assert bool(told.by) == bool(family)
 
 
 @pytest.mark.parametrize("key", KEYS)
 def test_a_whole_adapter_shows_its_family_at_any_width(key: str) -> None:
-    assert family_of_layers(shapes_of(adapter_for(models_of(key)))) == key
+    assert family_of_layers(shapes_of(adapter_for(models_of(key)))).key == key
 
 
 @pytest.mark.parametrize("lora", KEYS)
