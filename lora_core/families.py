@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from lora_core.adapter import Adapter, resolve
+from lora_core.deltas import Delta
 from lora_core.deltas.bias import WithBias
+from lora_core.deltas.hadamard import Hadamard
+from lora_core.deltas.kronecker import Kronecker
+from lora_core.deltas.magnitude import WithMagnitude
 from lora_core.deltas.shapes import compatible as compatible
 from lora_core.errors import WrongFamily
 from lora_core.replication import not_replicated
@@ -71,6 +75,15 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# Blocks that an SDXL UNet does not have, or not with attention.
+_NOT_IN_SDXL = (
+    "unet.down_blocks.0.attentions.",
+    "unet.up_blocks.2.attentions.",
+    "unet.down_blocks.3.",
+    "unet.up_blocks.3.",
+)
+
+
 def family_of_unet(unet: nn.Module) -> Family:
     """The family of a live UNet, told from what it is built of and never from widths: a small model of a
     family is of that family. Raises WrongFamily for a UNet of none of them."""
@@ -95,41 +108,55 @@ class Told(NamedTuple):
     by: str = ""
 
 
-def family_of_layers(shapes: Mapping[str, tuple[int, ...]]) -> Told:
+def family_of_layers(shapes: Mapping[str, tuple[int, ...]], matrices: Container[str] = ()) -> Told:
     """The family that an adapter's layers (adapter path -> weight shape) show.
 
     Parts of a model that only one family has decide first, the original models' widths after that. A first
     text encoder of width 768 belongs to SD 1.x and SDXL alike, so it tells nothing.
+    matrices    layers of kinds that are stored as matrices whatever they are: their number of sides tells nothing
     """
     in_unet = {path: shape for path, shape in shapes.items() if path.startswith("unet.")}
     contexts = {s[1] for p, s in in_unet.items() if p.endswith((".attn2.to_k", ".attn2.to_v")) and len(s) > 1}
-    entries = {len(shape) for path, shape in in_unet.items() if path.endswith(".proj_in")}
+    entries = {len(s) for p, s in in_unet.items() if p.endswith(".proj_in") and p not in matrices}
     words = {
-        s[1]
-        for p, s in shapes.items()
-        if p.startswith("text_encoder.") and p.endswith("_proj") and len(s) > 1
+        max(shape[:2])  # all four are square, and of some kinds one side is told
+        for path, shape in shapes.items()
+        if path.startswith("text_encoder.") and path.endswith("_proj")
     }
     if any(path.startswith("text_encoder_2.") for path in shapes):
         return Told("sdxl", "layers of a second text encoder")
     if any(".transformer_blocks.1." in path for path in in_unet):
         return Told("sdxl", "attention blocks of several transformer layers")
+    if any(path.startswith("unet.add_embedding.") for path in in_unet):
+        return Told("sdxl", "an embedding of picture sizes")
     for key in ("sdxl", "sd2", "sd1"):
         width = FAMILIES[key].context_width
         if width in contexts:
             return Told(key, f"cross-attention to text of {width} features")
         if key == "sd2" and width in words:
             return Told(key, f"a text encoder of {width} features")
-    # last, for a 1x1 convolution's factors may be stored as matrices: LoHa and LoKr mostly are
-    if entries == {2}:
+    if entries == {4}:
+        return Told("sd1", "attention blocks that begin with a convolution")
+    # SDXL's begin with a linear layer as well, but not here
+    if entries == {2} and any(path.startswith(_NOT_IN_SDXL) for path in in_unet):
         return Told("sd2", "attention blocks that begin with a linear layer")
-    return Told("sd1", "attention blocks that begin with a convolution") if entries == {4} else Told()
+    return Told()
 
 
 def family_of_adapter(adapter: Adapter) -> Told:
     """By its layers first. The numbers of replicated layers count in a stack and tell nothing."""
     paths = not_replicated(adapter.deltas, adapter.metadata)
-    told = family_of_layers({path: adapter.deltas[path].shape() for path in paths})
+    shapes = {path: adapter.deltas[path].shape() for path in paths}
+    matrices = {path for path in paths if _stored_as_matrix(adapter.deltas[path])}
+    told = family_of_layers(shapes, matrices)
     return told if told.key else Told(adapter.family, adapter.told_by)
+
+
+def _stored_as_matrix(delta: Delta | None) -> bool:
+    """A 1x1 convolution of these kinds too."""
+    while isinstance(delta, WithBias | WithMagnitude):
+        delta = delta.inner
+    return isinstance(delta, Hadamard | Kronecker) and len(delta.shape()) == 2
 
 
 def check_belongs(adapter: Adapter, models: Mapping[str, nn.Module], family: Family) -> dict[str, nn.Module]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,9 +13,22 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from lora_core.adapter import COMPONENTS, Adapter, file_path, weight_of
+from lora_core.deltas import Delta
+from lora_core.deltas.bias import WithBias
+from lora_core.deltas.hadamard import Hadamard
+from lora_core.deltas.kronecker import Kronecker
 from lora_core.deltas.low_rank import LowRank
+from lora_core.deltas.magnitude import WithMagnitude
 from lora_core.errors import WrongFamily
-from lora_core.families import FAMILIES, check_belongs, compatible, family_of_layers, family_of_unet
+from lora_core.families import (
+    FAMILIES,
+    Told,
+    check_belongs,
+    compatible,
+    family_of_adapter,
+    family_of_layers,
+    family_of_unet,
+)
 from tests.small_models import FAMILIES as KEYS
 from tests.small_models import small_pipeline
 
@@ -97,7 +111,8 @@ ATTENTION = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
         ({ATTENTION: (640, 2048)}, "sdxl", "2048 features"),
         ({ATTENTION: (640, 128)}, None, ""),
         ({"unet.mid_block.attentions.0.proj_in": (1280, 1280, 1, 1)}, "sd1", "a convolution"),
-        ({"unet.mid_block.attentions.0.proj_in": (1280, 1280)}, "sd2", "a linear layer"),
+        ({"unet.down_blocks.0.attentions.0.proj_in": (320, 320)}, "sd2", "a linear layer"),
+        ({"unet.mid_block.attentions.0.proj_in": (1280, 1280)}, None, ""),  # SDXL's is the same
         (
             {"unet.mid_block.attentions.0.transformer_blocks.1.attn1.to_q": (8, 8)},
             "sdxl",
@@ -119,6 +134,13 @@ ATTENTION = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
             "sdxl",
             "2048 features",
         ),
+        # OFT tells one side
+        (
+            {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj": (1024,)},
+            "sd2",
+            "text encoder of 1024",
+        ),
+        ({"unet.add_embedding.linear_1": (1280, 2816)}, "sdxl", "picture sizes"),
         ({}, None, ""),
     ],
 )
@@ -134,6 +156,26 @@ def test_the_family_of_layers_and_what_tells_it(
 @pytest.mark.parametrize("key", KEYS)
 def test_a_whole_adapter_shows_its_family_at_any_width(key: str) -> None:
     assert family_of_layers(shapes_of(adapter_for(models_of(key)))).key == key
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda d: d, lambda d: WithBias(WithMagnitude(d, torch.ones(320, 1)), torch.ones(320))]
+)
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_a_kind_that_is_stored_as_matrices_does_not_tell_sd1_from_sd2(
+    kind: str, wrap: Callable[[Delta], Delta]
+) -> None:
+    """A LoHa of SD 1 without text layers was taken for SD 2: its entry layers are convolutions stored as matrices."""
+    loha = Hadamard(torch.ones(320, 2), torch.ones(2, 320), torch.ones(320, 2), torch.ones(2, 320), 1.0)
+    delta = wrap(loha if kind == "loha" else Kronecker((torch.ones(4, 4),), (torch.ones(80, 80),), 1.0))
+    deltas: dict[str, Delta] = {
+        f"unet.down_blocks.0.attentions.0.{layer}": delta
+        for layer in ("proj_in", "transformer_blocks.0.attn1.to_q", "transformer_blocks.0.attn2.to_q")
+    }
+    assert family_of_adapter(Adapter(deltas)) == Told()
+    assert family_of_adapter(Adapter(deltas, family="sd1", told_by="it")) == Told("sd1", "it")
+    deltas["unet.down_blocks.0.attentions.0.proj_in"] = low_rank_for(torch.empty(320, 320))
+    assert family_of_adapter(Adapter(deltas, family="sd1", told_by="it")).key == "sd2"
 
 
 @pytest.mark.parametrize("lora", KEYS)
