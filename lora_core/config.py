@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from lora_core.errors import ConfigError, did_you_mean
 from lora_core.init_names import FROM_BASE, is_from_base
+from lora_core.unet_blocks import check_named, deciding
 
 _Value = TypeVar("_Value", int, float)
 
@@ -56,6 +57,8 @@ class LoraConfig:
                        several lists (a UNet) {"mid_block.attentions.0.transformer_blocks": ((0, 1), (0, 1))}.
                        Paths then count in the stack (replication.py)
     rank_pattern, alpha_pattern   path suffix or regular expression -> value, as PEFT
+    block_ranks, block_alphas     the same by block ("down.1", "mid", "up.2.attn"; of a text encoder "layers.3"): the
+                       longest name that holds decides, a pattern before any; a rank of 0 leaves the block out
     """
 
     rank: int = 16
@@ -77,6 +80,8 @@ class LoraConfig:
     layer_replication: Mapping[str, tuple[tuple[int, int], ...]] | tuple[tuple[int, int], ...] = ()
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    block_ranks: dict[str, int] = field(default_factory=dict)
+    block_alphas: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, known in (("kind", KINDS), ("variant", VARIANTS), ("init", INITS), ("bias", BIASES)):
@@ -97,12 +102,22 @@ class LoraConfig:
         for name in ("rank_pattern", "alpha_pattern"):
             for expression in getattr(self, name):
                 _check_expression(name, expression)
+        check_named(self.block_ranks)
+        check_named(self.block_alphas)
 
     def _check_numbers(self) -> None:
-        for where, rank in (("rank", self.rank), *_entries("rank_pattern", self.rank_pattern)):
-            if not 1 <= rank <= 4096:
-                raise ConfigError(f"{where} = {rank} is out of range: use 1 to 4096 (4 to 64 are usual).")
-        for where, alpha in (("alpha", self.alpha), *_entries("alpha_pattern", self.alpha_pattern)):
+        ranks = (("rank", self.rank), *_entries("rank_pattern", self.rank_pattern))
+        blocks = _entries("block_ranks", self.block_ranks)
+        for where, rank, least in (*((*r, 1) for r in ranks), *((*r, 0) for r in blocks)):
+            if not least <= rank <= 4096:
+                raise ConfigError(
+                    f"{where} = {rank} is out of range: use {least} to 4096 (4 to 64 are usual)."
+                )
+        alphas = (
+            *_entries("alpha_pattern", self.alpha_pattern),
+            *_entries("block_alphas", self.block_alphas),
+        )
+        for where, alpha in (("alpha", self.alpha), *alphas):
             if alpha is not None and not 0 < alpha < float("inf"):
                 raise ConfigError(
                     f"{where} = {alpha} must be a positive number; leave it out for alpha = rank."
@@ -162,11 +177,12 @@ class LoraConfig:
         return () if indices is None else (indices,) if isinstance(indices, int) else tuple(indices)
 
     def rank_at(self, path: str) -> int:
-        return int(_by_pattern(self.rank_pattern, path, self.rank))
+        """0: no LoRA there."""
+        return int(_by_pattern(self.rank_pattern, path, _by_block(self.block_ranks, path, self.rank)))
 
     def alpha_at(self, path: str) -> float:
         default = self.rank_at(path) if self.alpha is None else self.alpha
-        return float(_by_pattern(self.alpha_pattern, path, default))
+        return float(_by_pattern(self.alpha_pattern, path, _by_block(self.block_alphas, path, default)))
 
 
 def as_tuple(value: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -182,6 +198,11 @@ def pattern_matches(pattern: str, path: str) -> bool:
 def _by_pattern(patterns: dict[str, int] | dict[str, float], path: str, default: float) -> float:
     """The first pattern that matches decides."""
     return next((value for pattern, value in patterns.items() if pattern_matches(pattern, path)), default)
+
+
+def _by_block(blocks: dict[str, int] | dict[str, float], path: str, default: float) -> float:
+    key = deciding(blocks, path)
+    return default if key is None else blocks[key]
 
 
 def _entries(name: str, patterns: Mapping[str, _Value]) -> Iterable[tuple[str, _Value]]:

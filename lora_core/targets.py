@@ -90,6 +90,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[tuple[str, Layer]
         for path, layer in layers.items()
         if path in chosen
         and path not in saved
+        and config.rank_at(path) > 0
         and not any(matches(e, path, layer, whole=whole) for e in excluded)
     ]
     if not found:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
 from lora_core.config import LoraConfig, as_tuple, pattern_matches
 from lora_core.errors import ConfigError, NothingMatched
 from lora_core.targets import Choice, carriers, matches
+from lora_core.unet_blocks import known_blocks, named_block
 from lora_core.worn import weight_shape
 
 Plan = Mapping[str, Sequence[Choice]]
@@ -21,28 +22,50 @@ def check_plan(plan: Plan, configs: Mapping[str, LoraConfig], models: Mapping[st
 
     The components of one training often share their patterns: each pattern must be of use in one of them.
     """
-    for name in ("rank_pattern", "alpha_pattern"):
-        _check_used(plan, configs, name)
+    for name, holds in (
+        ("rank_pattern", pattern_matches),
+        ("alpha_pattern", pattern_matches),
+        ("block_ranks", _in_block),
+        ("block_alphas", _in_block),
+    ):
+        _check_used(plan, configs, models, name, holds)
     _check_excluded(configs, models)
     _check_ranks(plan, configs)
 
 
-def _check_used(plan: Plan, configs: Mapping[str, LoraConfig], name: str) -> None:
+def _in_block(key: str, path: str) -> bool:
+    return named_block(key).search(path) is not None
+
+
+def _check_used(
+    plan: Plan,
+    configs: Mapping[str, LoraConfig],
+    models: Mapping[str, nn.Module],
+    name: str,
+    holds: Callable[[str, str], bool],
+) -> None:
     paths = [c.path for choices in plan.values() for c in choices if c.factors]
     used: dict[str, bool] = {}
     for component, choices in plan.items():
-        for pattern in getattr(configs[component], name):
-            answers = any(c.factors and pattern_matches(pattern, c.path) for c in choices)
-            used[pattern] = used.get(pattern, False) or answers
-    for pattern, answered in used.items():
+        for key, value in getattr(configs[component], name).items():
+            # a rank of 0 has done its work where nothing is left
+            where = [c.path for c in choices if c.factors] if value else carriers(models[component])
+            used[key] = used.get(key, False) or any(holds(key, path) for path in where)
+    for key, answered in used.items():
         if not answered:
-            ends = sorted({".".join(p.split(".")[-n:]) for p in paths for n in (1, 2, 3)})
-            close = difflib.get_close_matches(pattern, ends, n=3, cutoff=0.5)
+            blocks = holds is _in_block
+            known = known_blocks(paths) if blocks else sorted(_ends(paths))
+            close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
             hint = f" Did you mean {' or '.join(close)}?" if close else ""
+            what = "holds" if blocks else "is the end of"
             raise NothingMatched(
-                f'{name} "{pattern}" is the end of none of the {len(paths)} layers that get a LoRA: correct it or take '
-                f"it out.{hint}"
+                f'{name} "{key}" {what} none of the {len(paths)} layers that get a LoRA: correct it or take it '
+                f"out.{hint}"
             )
+
+
+def _ends(paths: Sequence[str]) -> set[str]:
+    return {".".join(p.split(".")[-n:]) for p in paths for n in (1, 2, 3)}
 
 
 def _check_excluded(configs: Mapping[str, LoraConfig], models: Mapping[str, nn.Module]) -> None:

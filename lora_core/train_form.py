@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from lora_core.adapter import Adapter, file_path
 from lora_core.cast_training import let_gradients_through
 from lora_core.config import LoraConfig
-from lora_core.errors import ConfigError, LoraError
+from lora_core.errors import ConfigError, LoraError, NothingMatched
 from lora_core.quantised import count_weights
 from lora_core.replication import Stack, all_standing, map_of, read_map, written
 from lora_core.storages import Undo
@@ -30,6 +30,7 @@ from lora_core.trainable import Factors, Site
 from lora_core.trainable.full import TrainableFull
 from lora_core.trainable.kinds import factors_for
 from lora_core.trainable.layer import TrainableLayer
+from lora_core.unet_blocks import check_named, deciding
 
 if TYPE_CHECKING:
     from lora_core.trainable.words import TrainableWords
@@ -63,6 +64,15 @@ def fast_names(layer: TrainableLayer) -> tuple[str, ...]:
     return (*(f"factors.{name}" for name in own), *vectors)
 
 
+def rate_key(rates: Mapping[str, float], path: str) -> str:
+    """Which entry of `rates` decides for the layer of an adapter path: the longest block of it, else the component."""
+    component, _, inside = path.partition(".")
+    blocks = {key.partition(".")[2] for key in rates if key.startswith(component + ".")}
+    check_named(blocks)
+    block = deciding(blocks, inside)
+    return component if block is None else f"{component}.{block}"
+
+
 class LoraForm(nn.Module):
     """What `attach` returns: only trainable tensors. `paths[i]` is the adapter path of `layers[i]`."""
 
@@ -81,29 +91,35 @@ class LoraForm(nn.Module):
     def parameter_groups(
         self, learning_rate: float | Mapping[str, float], *, ratio: float = 1.0
     ) -> list[dict[str, Any]]:
-        """-> groups for any torch optimizer: "params", "lr", "name" (the component, or "<component>.fast").
+        """-> groups for any torch optimizer: "params", "lr", "name" (the rate's key, or "<key>.fast").
 
-        `learning_rate` may differ by component. `ratio` is LoRA+'s (arXiv 2402.12354): B, and as in its reference
-        code every vector (a magnitude, a bias), learns `ratio` times as fast as the rest; 4 to 16 are usual.
-        ConfigError for a ratio with LoHa or LoKr, which have no B.
+        `learning_rate` may differ by component, and in it by block: {"unet": 1e-4, "unet.down.1": 5e-5,
+        "text_encoder": 2e-5, "text_encoder.layers.3": 1e-5}; the longest name that holds for a layer decides. `ratio`
+        is LoRA+'s (arXiv 2402.12354): B, and as in its reference code every vector (a magnitude, a bias), learns
+        `ratio` times as fast as the rest; 4 to 16 are usual. ConfigError for a ratio with LoHa or LoKr, which have
+        no B, NothingMatched for a block that holds no trained layer.
         """
         if not 1 <= ratio < float("inf"):
             raise ConfigError(f"ratio = {ratio} must be at least 1; 1 is plain LoRA, 4 to 16 are usual.")
-        plain: dict[str, list[nn.Parameter]] = {}
-        fast: dict[str, list[nn.Parameter]] = {}
+        components = dict.fromkeys(path.split(".", 1)[0] for path in self.paths)
+        rates = (
+            learning_rate if isinstance(learning_rate, Mapping) else dict.fromkeys(components, learning_rate)
+        )
+        keys = {path: rate_key(rates, path) for path in self.paths}
+        for key in rates:
+            if "." in key and key not in keys.values():
+                raise NothingMatched(
+                    f'The rate of "{key}" is of no use: no trained layer has it from there. Correct it or take it out.'
+                )
+        groups: dict[str, dict[str, Any]] = {}
         for path, layer in zip(self.paths, self.layers, strict=True):
             assert isinstance(layer, TrainableLayer)
-            component = path.split(".", 1)[0]
             names = fast_names(layer) if ratio != 1 else ()
             for name, p in layer.named_parameters():
-                (fast if name in names else plain).setdefault(component, []).append(p)
-        rates = learning_rate if isinstance(learning_rate, Mapping) else {}
-        groups = []
-        for found, times, end in ((plain, 1.0, ""), (fast, ratio, ".fast")):
-            for component, params in found.items():
-                rate = rates[component] if isinstance(learning_rate, Mapping) else learning_rate
-                groups.append({"params": params, "lr": rate * times, "name": component + end})
-        return groups
+                key, times, end = keys[path], *((ratio, ".fast") if name in names else (1.0, ""))
+                empty = {"params": [], "lr": rates[key] * times, "name": key + end}
+                groups.setdefault(key + end, empty)["params"].append(p)
+        return sorted(groups.values(), key=lambda group: group["name"].endswith(".fast"))
 
     def counts(self) -> Counts:
         """How much is trained, and of how much."""

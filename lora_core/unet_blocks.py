@@ -1,16 +1,20 @@
 """The names a UNet's blocks go by: "down", "down.1", "mid", "up.2", with ".attn" or ".res" for only the attentions or
-the resnets of it. Anything else is a regular expression, found anywhere in a layer's path inside the UNet."""
+the resnets of it. Anything else is a regular expression, found anywhere in a layer's path inside the UNet.
+
+Where blocks are trained with ranks and rates of their own, a text encoder has some too: "layers.3". There only names
+count, and of several that hold for a layer the longest decides.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import lru_cache
 
-from lora_core.adapter import COMPONENTS
 from lora_core.errors import ConfigError
 
 _BLOCK = re.compile(r"(?:(down|up)(?:\.(\d+))?|(mid))(?:\.(attn|res))?")
+_LAYER = re.compile(r"layers\.(\d+)")
 _INSIDE = {"attn": "attentions.", "res": "resnets."}
 
 
@@ -31,7 +35,9 @@ def inside_unet(paths: Iterable[str]) -> list[str]:
     """The paths as they are inside the UNet; those of the text encoders are left out."""
     split = [(path, *path.partition(".")[::2]) for path in paths]
     return [
-        inside if first == "unet" else path for path, first, inside in split if first not in COMPONENTS[1:]
+        inside if first == "unet" else path
+        for path, first, inside in split
+        if not first.startswith("text_encoder")
     ]
 
 
@@ -68,3 +74,33 @@ def overlap(one: str, other: str) -> str | None:
             return None
         shared.append(x or y)
     return None if shared[0] and shared[1] else ".".join(filter(None, shared))  # up and mid: nothing
+
+
+@lru_cache(maxsize=1024)
+def named_block(key: str) -> re.Pattern[str]:
+    """Where the layers of a UNet's block, or of a text encoder's layer, begin. ConfigError for what is no such name."""
+    if _BLOCK.fullmatch(key):
+        return block_pattern(key)
+    if layer := _LAYER.fullmatch(key):
+        return re.compile(rf"^(?:text_model\.)?encoder\.layers\.{layer[1]}\.")
+    raise ConfigError(
+        f'"{key}" is no block: write down, down.1, mid, up.2 or up.2.attn of a UNet, layers.3 of a text encoder.'
+    )
+
+
+def check_named(keys: Collection[str]) -> None:
+    """Raise ConfigError unless every key is a block's name and no two cross without one that says what holds there."""
+    for key in keys:
+        named_block(key)
+    for one in keys:
+        for other in keys:
+            shared = overlap(one, other)
+            if shared is not None and shared not in keys:
+                raise ConfigError(
+                    f'Blocks "{one}" and "{other}" both hold for "{shared}": give that one too.'
+                )
+
+
+def deciding(keys: Iterable[str], inside: str) -> str | None:
+    """Of the named blocks that hold for the layer with this path inside its component, the longest."""
+    return max((k for k in keys if named_block(k).search(inside)), key=lambda k: k.count("."), default=None)

@@ -87,9 +87,7 @@ def prepare(config: TrainConfig, folder: RunFolder, stop: StopRequest, emit: eve
         for component in live.models:
             if component != "unet":
                 live.models[component].to("cpu")
-    rates = dict.fromkeys(live.models, config.train.learning_rate)
-    if config.train.text_encoder_learning_rate is not None:
-        rates |= {c: config.train.text_encoder_learning_rate for c in rates if c != "unet"}
+    rates = {c: config.train.rate_of(c) for c in trained_components(config, live)} | config.train.rates
     groups = form.parameter_groups(rates, ratio=config.train.lora_plus_ratio)
     if form.words is not None:
         groups.append(form.words.group(config.train.new_token_learning_rate))
@@ -142,8 +140,13 @@ def find_pictures(config: TrainConfig, live: LivePipeline, stop: StopRequest, em
     )
 
 
+def trained_components(config: TrainConfig, live: LivePipeline) -> list[str]:
+    return [c for c in live.models if config.train.rate_of(c) != 0]
+
+
 def attach_lora(config: TrainConfig, live: LivePipeline, opened: OpenedBase) -> LoraForm:
-    names = [c for c in live.models if c == "unet" or config.train.trains_text_encoder]
+    names = trained_components(config, live)
+    check_settings_have_their_component(config, names)
     start = read_adapter(config.lora.start_from) if config.lora.start_from else None
     # what is taken from the base must come out the same when a run is resumed: the state builds upon it
     generator = torch.Generator(opened.pipeline.device).manual_seed(config.seed)
@@ -161,6 +164,23 @@ def attach_lora(config: TrainConfig, live: LivePipeline, opened: OpenedBase) -> 
             detach(form)
             raise
     return form
+
+
+def check_settings_have_their_component(config: TrainConfig, trained: list[str]) -> None:
+    """Raise ConfigError for a rank, alpha or rate of a part that this base has not, or that is not trained."""
+    named = {
+        "lora.ranks": [*config.lora.ranks],
+        "lora.alphas": [*config.lora.alphas],
+        "train.rates": [*config.train.rates],
+    }
+    wanted = {f"{name}.{key}": key.partition(".")[0] for name, keys in named.items() for key in keys}
+    if config.train.text_encoder_2_learning_rate:
+        wanted["train.text_encoder_2_learning_rate"] = "text_encoder_2"
+    for setting, component in wanted.items():
+        if component not in trained:
+            raise ConfigError(
+                f"{setting} is about {component}, and this training has {', '.join(trained)} alone: take it out."
+            )
 
 
 def check_words_are_used(config: TrainConfig, dataset: Dataset) -> None:

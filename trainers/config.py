@@ -8,14 +8,16 @@ the value means the same wherever it is read.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, Field, model_validator
 
 from lora_core.config import LoraConfig
 from lora_core.errors import ConfigError
 from lora_core.init_names import is_from_base
+from lora_core.unet_blocks import check_named
 from trainers.config_data import DataSettings
 from trainers.config_table import (
     AnyPath,
@@ -32,12 +34,28 @@ from trainers.config_table import (
     check_slug,
 )
 
+Value = TypeVar("Value")
 TEXT_ENCODER_GROUPS = (
     "attention",
     "feed-forward",
     "all-linear",
     "all-linear+conv",
 )  # CLIP has these
+
+
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+
+
+def of_component(values: Mapping[str, Value], component: str) -> dict[str, Value]:
+    """Of "component.block" -> value, those of one component by block; "" is the component's own."""
+    split = {key: key.partition(".") for key in values}
+    return {split[key][2]: value for key, value in values.items() if split[key][0] == component}
+
+
+def check_components(name: str, values: Mapping[str, object]) -> None:
+    for key in values:
+        if key.partition(".")[0] not in COMPONENTS:
+            raise ConfigError(f'{name}: "{key}" begins with no component. Known: {", ".join(COMPONENTS)}.')
 
 
 class LoraSettings(Table):
@@ -97,6 +115,11 @@ class LoraSettings(Table):
     """End of a module path (may be a regular expression) -> its own rank."""
     alpha_pattern: dict[str, float] = Field(default_factory=dict)
     """End of a module path (may be a regular expression) -> its own alpha."""
+    ranks: dict[str, int] = Field(default_factory=dict)
+    """Component or block -> its own rank: { "unet.down.1" = 8, "unet.up.2.attn" = 32, "text_encoder" = 4,
+    "text_encoder.layers.3" = 2 }. The longest name that holds decides; 0 leaves a block out."""
+    alphas: dict[str, float] = Field(default_factory=dict)
+    """Component or block -> its own alpha, named as in `ranks`."""
     new_tokens: dict[str, str | int] = Field(default_factory=dict)
     """New words to learn with the LoRA -> the word each begins as, or its number of vectors: { "<fox>" = "animal" }."""
     start_from: AnyPath | None = None
@@ -106,9 +129,19 @@ class LoraSettings(Table):
     def _check(self) -> Self:
         if not self.targets or self.text_encoder_targets == ():
             raise ConfigError('lora.targets and text_encoder_targets need an entry, such as ["attention"].')
+        check_components("lora.ranks", self.ranks)
+        check_components("lora.alphas", self.alphas)
+        for component in COMPONENTS:
+            if self.ranks.get(component) == 0:
+                rest = (
+                    ""
+                    if component == "unet"
+                    else f" To leave it out, set train.{component}_learning_rate = 0."
+                )
+                raise ConfigError(f"lora.ranks: {component} = 0 leaves nothing of it to train.{rest}")
         try:
-            self.lora_config("unet")
-            self.lora_config("text_encoder")
+            for component in COMPONENTS:
+                self.lora_config(component)
         except ConfigError as problem:
             raise ConfigError(f"[lora] {problem}") from None
         return self
@@ -116,10 +149,11 @@ class LoraSettings(Table):
     def lora_config(self, component: str) -> LoraConfig:
         """The LoRA of one component: "unet", "text_encoder" or "text_encoder_2"."""
         unet = component == "unet"
+        ranks, alphas = of_component(self.ranks, component), of_component(self.alphas, component)
         shared = tuple(t for t in self.targets if t in TEXT_ENCODER_GROUPS)
         return LoraConfig(
-            rank=self.rank,
-            alpha=self.alpha,
+            rank=ranks.pop("", self.rank),
+            alpha=alphas.pop("", self.alpha),
             dropout=self.dropout,
             kind=self.kind,
             variant=self.variant,
@@ -137,6 +171,8 @@ class LoraSettings(Table):
             layer_replication=dict(self.layer_replication) if unet else self.text_encoder_layer_replication,
             rank_pattern=dict(self.rank_pattern),
             alpha_pattern=dict(self.alpha_pattern),
+            block_ranks=ranks,
+            block_alphas=alphas,
         )
 
 
@@ -155,6 +191,10 @@ class TrainSettings(Table):
     """Peak learning rate."""
     text_encoder_learning_rate: Annotated[float, Field(ge=0)] | None = None
     """The same for the text encoders; left out: as `learning_rate`. 0: they are not trained."""
+    text_encoder_2_learning_rate: Annotated[float, Field(ge=0)] | None = None
+    """The same for SDXL's second text encoder; left out: as the first."""
+    rates: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Block -> its own peak learning rate, named as in `lora.ranks`: { "unet.down.1" = 5e-5 }."""
     lora_plus_ratio: Annotated[float, Field(ge=1)] = 1.0
     """LoRA+ (arXiv 2402.12354): how many times as fast the up factors learn; 1: as fast, 4 to 16 are usual."""
     new_token_learning_rate: Annotated[float, Field(gt=0)] = 1e-3
@@ -183,12 +223,37 @@ class TrainSettings(Table):
     snr_gamma: Annotated[float, Field(gt=0)] = 5.0
     """The gamma of the two min-SNR weightings."""
 
+    def rate_of(self, component: str) -> float:
+        """Peak learning rate of "unet", "text_encoder" or "text_encoder_2"; 0: it is not trained."""
+        found = None
+        if component == "text_encoder_2":
+            found = self.text_encoder_2_learning_rate
+        if component != "unet" and found is None:
+            found = self.text_encoder_learning_rate
+        return self.learning_rate if found is None else found
+
     @property
     def trains_text_encoder(self) -> bool:
-        return self.text_encoder_learning_rate != 0
+        """Whether any of them is."""
+        return self.rate_of("text_encoder") != 0 or self.rate_of("text_encoder_2") != 0
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        check_components("train.rates", self.rates)
+        for component in COMPONENTS:
+            blocks = of_component(self.rates, component)
+            if "" in blocks:
+                name = "learning_rate" if component == "unet" else f"{component}_learning_rate"
+                raise ConfigError(f"train.rates is for blocks: the rate of {component} is train.{name}.")
+            if blocks and self.rate_of(component) == 0:
+                raise ConfigError(
+                    f"train.rates: {component} is not trained at all, with train.{component}_learning_rate = 0. Raise "
+                    "that, or take its blocks out."
+                )
+            try:
+                check_named(blocks)
+            except ConfigError as problem:
+                raise ConfigError(f"train.rates: {problem}") from None
         if self.warmup_steps >= self.steps:
             raise ConfigError(
                 f"train.warmup_steps = {self.warmup_steps} leaves nothing of train.steps = {self.steps}: the "

@@ -83,13 +83,10 @@ def compare(found: Adapter, meant: Adapter, dtype: torch.dtype, path: Path) -> N
 def facts(config: TrainConfig, opened: OpenedBase, *, step: int, dataset: Dataset) -> dict[str, str]:
     """Training facts in kohya's words. Names only: no folder of the user's disk leaves the machine in a file."""
     train, captions = config.train, Counter(e.caption for e in dataset.instances)
-    text_rate = (
-        train.learning_rate if train.text_encoder_learning_rate is None else train.text_encoder_learning_rate
-    )
     words = {
         "ss_learning_rate": train.learning_rate,
         "ss_unet_lr": train.learning_rate,
-        "ss_text_encoder_lr": text_rate,
+        "ss_text_encoder_lr": train.rate_of("text_encoder"),
         "ss_num_train_images": len(dataset.instances),
         "ss_num_reg_images": len(dataset.classes),
         "ss_steps": step,
