@@ -75,6 +75,10 @@ class Kohya:
                 stored["dora_scale"] = magnitude
             if bias is not None:
                 stored["b_norm" if "w_norm" in stored else "diff_b"] = bias
+            elif (
+                "w_norm" in stored
+            ):  # A1111 refuses a file with one of a norm's two keys; a difference may be alone
+                stored["diff"] = stored.pop("w_norm")
             tensors |= {f"{names[layer]}.{ending}": tensor for ending, tensor in stored.items()}
         tensors |= bundled(adapter)
         save_tensors(path, tensors, with_hashes(tensors, metadata))

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lora_core.adapter import Adapter, file_path
+from lora_core.adapter import Adapter
 from lora_core.deltas.low_rank import LowRank
 from lora_core.deltas.magnitude import WithMagnitude
 from lora_core.errors import ConfigError, NotFinite
@@ -23,64 +18,7 @@ from lora_core.formats.keys import adapter_path, flattened
 from lora_core.formats.sgm_names import to_diffusers, to_sgm
 from lora_core.safe_files import read_header
 from tests.lora_core.adapters_on_disk import LAYERS, adapter, assert_same
-
-WEIGHTS = nn.Linear | nn.Conv2d
-UP_WITH_ATTENTION = {"sd1": {1, 2, 3}, "sd2": {1, 2, 3}, "sdxl": {0, 1}}
-
-
-@functools.cache
-def full_size(family: str) -> dict[str, tuple[int, ...]]:
-    """Every linear and convolution layer of the real models -> shape of its weight, from the meta device."""
-    sd = {
-        "block_out_channels": (320, 640, 1280, 1280),
-        "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
-    }
-    unets: dict[str, dict[str, Any]] = {
-        "sd1": {**sd, "cross_attention_dim": 768, "attention_head_dim": 8},
-        "sd2": {
-            **sd,
-            "cross_attention_dim": 1024,
-            "attention_head_dim": [5, 10, 20, 20],
-            "use_linear_projection": True,
-        },
-        "sdxl": {
-            "block_out_channels": (320, 640, 1280),
-            "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * 2),
-            "up_block_types": (*("CrossAttnUpBlock2D",) * 2, "UpBlock2D"),
-            "transformer_layers_per_block": [1, 2, 10],
-            "cross_attention_dim": 2048,
-            "attention_head_dim": [5, 10, 20],
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
-        },
-    }
-
-    def text(width: int, layers: int) -> CLIPTextConfig:
-        return CLIPTextConfig(
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=width // 64,
-            projection_dim=width,
-        )
-
-    with torch.device("meta"):
-        models: dict[str, nn.Module] = {"unet": UNet2DConditionModel(**unets[family])}
-        models["text_encoder"] = CLIPTextModel(text(1024, 23) if family == "sd2" else text(768, 12))
-        if family == "sdxl":
-            models["text_encoder_2"] = CLIPTextModelWithProjection(text(1280, 32))
-    return {
-        f"{component}.text_projection" if path == "text_projection" else file_path(component, path): tuple(
-            module.weight.shape
-        )
-        for component, model in models.items()
-        for path, module in model.named_modules()
-        if isinstance(module, WEIGHTS)
-    }
-
+from tests.lora_core.full_size import UP_WITH_ATTENTION, full_size
 
 # ---------------------------------------------------------------- names
 
@@ -105,7 +43,7 @@ def test_sgm_names_are_those_of_diffusers_own_conversion(family: str) -> None:
     paths = [p.removeprefix("unet.") for p in full_size(family) if p.startswith("unet.")]
     theirs: dict[str, str] = {}
     for path in paths:
-        sgm = to_sgm(path, attention_up=frozenset(UP_WITH_ATTENTION[family]))
+        sgm = to_sgm(path, attention_up=UP_WITH_ATTENTION[family])
         assert sgm is not None, path
         assert to_diffusers(sgm) == path
         assert adapter_path("unet", flattened(sgm)) == f"unet.{path}"
@@ -120,8 +58,8 @@ def test_sgm_names_are_those_of_diffusers_own_conversion(family: str) -> None:
 def test_the_upsampler_stands_behind_attention_where_there_is_some() -> None:
     """As in the original checkpoints: SD 1 has no attention on the first level of the way up, SDXL has."""
     upsampler = "up_blocks.0.upsamplers.0.conv"
-    assert to_sgm(upsampler, attention_up=frozenset(UP_WITH_ATTENTION["sd1"])) == "output_blocks.2.1.conv"
-    assert to_sgm(upsampler, attention_up=frozenset(UP_WITH_ATTENTION["sdxl"])) == "output_blocks.2.2.conv"
+    assert to_sgm(upsampler, attention_up=UP_WITH_ATTENTION["sd1"]) == "output_blocks.2.1.conv"
+    assert to_sgm(upsampler, attention_up=UP_WITH_ATTENTION["sdxl"]) == "output_blocks.2.2.conv"
 
 
 def test_names_of_no_layer_are_none() -> None:
