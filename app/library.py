@@ -6,7 +6,6 @@ with the reason: what is there and not shown is looked for in vain.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -16,20 +15,21 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from app.safe_names import is_inside, plain, safe_name
-from lora_core.adapter import COMPONENTS, Adapter
+from app.safe_names import is_inside, safe_name
+from lora_core.adapter import COMPONENTS
 from lora_core.errors import FileRefused, LoraError, did_you_mean
 from lora_core.families import FAMILIES
 from lora_core.formats import describe_adapter
 from lora_core.formats.diffusers import CONFIG as ALPHAS
-from lora_core.formats.metadata import without_paths
+from lora_core.formats.said import facts_said, trigger_words
+from lora_core.looking import look
+from lora_core.plain_text import plain
 from lora_core.safe_files import Header, read_header, sweep_partials, tensors_sha256, write_atomic
 from lora_core.safe_header import PICKLE_NAMES
 
 SUFFIX = ".safetensors"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DEMO_BASE = ("Demo model (included)", "demo")
-MOST_TRIGGERS, MAX_TAGS = 8, 2**20  # characters of ss_tag_frequency; 40,000 tags fit
 State = tuple[tuple[str, int, int], ...]  # (path, mtime_ns, size) of all the files that are one LoRA
 
 
@@ -135,19 +135,18 @@ class Library:
             )
         if path.is_dir() and path.is_symlink():
             return replace(bare, problem=f"{plain(path.name)} is a link to a folder of this library.")
-        try:
-            adapter = describe_adapter(path)
-        except LoraError as problem:
-            return replace(bare, problem=plain(problem, 500))
-        ranks = {int(rank) for d in adapter.deltas.values() if (rank := getattr(d, "rank", None)) is not None}
+        found = look(path)
+        if found.facts is None:
+            return replace(bare, problem=plain(found.problem, 500))
+        family = found.facts.family
         return replace(
             bare,
-            family=adapter.family,
-            family_title=FAMILIES[adapter.family].title if adapter.family else "unknown family",
-            layers=len(adapter.deltas),
-            ranks=tuple(sorted(ranks)),
-            triggers=triggers(adapter),
-            base_model=_base_model(adapter),
+            family=family,
+            family_title=FAMILIES[family].title if family else "unknown family",
+            layers=found.facts.layers,
+            ranks=tuple(sorted(found.facts.ranks)),
+            triggers=trigger_words(found.metadata),
+            base_model=plain(facts_said(found.metadata).get("base_model", "").removesuffix(SUFFIX)),
         )
 
     def _same(self, header: Header) -> LoraFile | None:
@@ -174,38 +173,6 @@ class Library:
             number += 1
             candidate = f"{name}-{number}"
         return self.lora_folder / f"{candidate}{SUFFIX}"
-
-
-def triggers(adapter: Adapter) -> tuple[str, ...]:
-    """The words that call a LoRA up, as its metadata has them: said by its maker, else the commonest tags."""
-    said = adapter.metadata.get("modelspec.trigger_phrase", "")
-    words = (
-        said[: 2**14].split(",") if said.strip() else _commonest(adapter.metadata.get("ss_tag_frequency", ""))
-    )
-    shown = dict.fromkeys(word for w in words if (word := plain(w)))
-    return tuple(shown)[:MOST_TRIGGERS]
-
-
-def _commonest(text: str) -> list[str]:
-    """ss_tag_frequency: {"10_rex": {"rex": 12, "dog": 9}} -> tags, the commonest first."""
-    if len(text) > MAX_TAGS:
-        return []
-    try:
-        folders = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        return []  # a caption's worth of information: not worth a refusal
-    counts: dict[str, int] = {}
-    for tags in folders.values() if isinstance(folders, dict) else ():
-        for tag, count in tags.items() if isinstance(tags, dict) else ():
-            if type(count) is int:
-                counts[tag.strip()] = counts.get(tag.strip(), 0) + count
-    return sorted(counts, key=lambda tag: (-counts[tag], tag))[: 2 * MOST_TRIGGERS]
-
-
-def _base_model(adapter: Adapter) -> str:
-    known = (adapter.metadata.get(key, "")[:2000] for key in ("ss_sd_model_name", "ss_base_model_version"))
-    said = next((without_paths(text) for text in known if text.strip()), "")
-    return plain(said.removesuffix(SUFFIX))
 
 
 def _checked(uploaded: Path, filename: str) -> Header:

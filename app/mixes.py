@@ -8,10 +8,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from app.safe_names import is_inside, plain, safe_name
+from app.safe_names import is_inside, safe_name
 from lora_core.errors import ConfigError, LoraError, did_you_mean
 from lora_core.mix import Mix
 from lora_core.named_mixes import read_mix, save_mix
+from lora_core.plain_text import plain
 from lora_core.safe_writes import sweep_partials, write_atomic
 
 SUFFIX = ".toml"

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from app.jobs import Job
 from app.memory import Fade, Row
-from app.safe_names import plain
 from app.wearing import load_rows
 from lora_core.errors import ConfigError, FileRefused, LoraError
 from lora_core.mix import AdapterWeight, Curve, Mix, check_blocks, crossfade
+from lora_core.plain_text import plain
 
 if TYPE_CHECKING:
     from app.session import Session

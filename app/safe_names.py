@@ -6,7 +6,8 @@ import re
 import unicodedata
 from pathlib import Path
 
-LONGEST = 80  # characters
+from lora_core.plain_text import LONGEST, UNSEEN
+
 LONGEST_BYTES = 200  # most file systems take 255; the rest is for a number and the suffix
 JOINERS = "\u200d\ufe0f"  # inside an emoji, and nowhere else
 _PUNCTUATION = frozenset(" .-_()+,&'!@#=[]")
@@ -30,22 +31,12 @@ def safe_name(text: str, *, fallback: str = "lora") -> str:
     return kept if kept.strip("_") else fallback
 
 
-def plain(text: object, longest: int = LONGEST) -> str:
-    """Foreign text for one line of a page: without control and direction characters, at most `longest`."""
-    words = "".join(c if unicodedata.category(c) not in _UNSEEN else " " for c in str(text)[: 8 * longest])
-    words = " ".join(words.split())
-    return words if len(words) <= longest else f"{words[: longest - 1]}…"
-
-
 def is_inside(path: Path, root: Path) -> bool:
     """Whether `path` really lies below `root`, links followed. A path that leads nowhere does not."""
     try:
         return path.resolve(strict=True).is_relative_to(root.resolve())
     except (OSError, RuntimeError, ValueError):
         return False
-
-
-_UNSEEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 
 
 def _kept(character: str, before: str) -> str:
@@ -56,4 +47,4 @@ def _kept(character: str, before: str) -> str:
         return character
     if kind == "Zs":
         return " "
-    return "" if kind in _UNSEEN else "_"
+    return "" if kind in UNSEEN else "_"

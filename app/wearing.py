@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from app.jobs import Job
 from app.memory import Row
-from lora_core.adapter import Coverage
 from lora_core.errors import FileRefused, LoraError, WrongFamily
+from lora_core.facts import Coverage
 from lora_core.pipeline import LivePipeline
 from lora_core.safe_writes import copy_atomic
 

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_core.adapter import Adapter, Coverage
+    from lora_core.adapter import Adapter
     from lora_core.baking import bake
     from lora_core.base_weights import BaseReport
     from lora_core.burn import overlap
@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from lora_core.config import LoraConfig
     from lora_core.errors import LoraError
     from lora_core.extracting import extract
+    from lora_core.facts import Coverage, coverage_on
     from lora_core.formats import read_adapter, write_adapter
     from lora_core.generation import GeneratedImage, GenerationRequest
+    from lora_core.looking import look
     from lora_core.mix import Mix
     from lora_core.model_weights import layers_of, strength_of
     from lora_core.models import open_base
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Adapter": "adapter",
     "BaseReport": "base_weights",
-    "Coverage": "adapter",
+    "Coverage": "facts",
     "GeneratedImage": "generation",
     "GenerationRequest": "generation",
     "LivePipeline": "pipeline",
@@ -39,10 +41,12 @@ _HOMES = {
     "bake": "baking",
     "collect": "train_form",
     "combine": "combining",
+    "coverage_on": "facts",
     "detach": "train_form",
     "extract": "extracting",
     "layers_of": "model_weights",
     "loftq_in_place": "loftq",
+    "look": "looking",
     "open_base": "models",
     "overlap": "burn",
     "quantise": "quantised",
@@ -66,10 +70,12 @@ __all__ = [
     "bake",
     "collect",
     "combine",
+    "coverage_on",
     "detach",
     "extract",
     "layers_of",
     "loftq_in_place",
+    "look",
     "open_base",
     "overlap",
     "quantise",

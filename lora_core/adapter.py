@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -54,38 +54,6 @@ class Adapter:
     def _all(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         yield from ((path, delta.tensors()) for path, delta in self.deltas.items())
         yield from self.embeddings.items()
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """What became of a file's layers on a model. `matched == total` and no `unused` means: all of it is in use."""
-
-    matched: int
-    total: int
-    unused: tuple[str, ...]
-    family: str | None
-    by_component: dict[str, tuple[int, int]]
-    words: tuple[str, ...] = ()  # new ones, that prompts may use
-
-    @classmethod
-    def of(cls, adapter: Adapter, layers: Container[str]) -> Coverage:
-        """`layers`: the adapter's paths that exist on the model."""
-        counts: dict[str, tuple[int, int]] = {}
-        for path in adapter.deltas:
-            component = path.split(".", 1)[0]
-            matched, total = counts.get(component, (0, 0))
-            counts[component] = (matched + (path in layers), total + 1)
-        absent = tuple(path for path in adapter.deltas if path not in layers)
-        matched = len(adapter.deltas) - len(absent)
-        unused, words = (*adapter.unused, *absent), tuple(adapter.embeddings)
-        return cls(matched, len(adapter.deltas), unused, adapter.family, counts, words)
-
-    def __str__(self) -> str:
-        parts = ", ".join(f"{c} {m} of {n}" for c, (m, n) in self.by_component.items())
-        tail = f"; not used: {', '.join(self.unused)}" if self.unused else ""
-        words = f"new words: {', '.join(self.words)}" if self.words else ""
-        layers = f"{self.matched} of {self.total} layers ({parts})" if self.total else ""
-        return "; ".join(filter(None, (layers, words))) + tail
 
 
 def live_path(path: str, model: nn.Module) -> str:

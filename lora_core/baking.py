@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapter import COMPONENTS, Adapter, Coverage, file_path, weight_of
+from lora_core.adapter import COMPONENTS, Adapter, file_path, weight_of
 from lora_core.base_weights import bias_of
 from lora_core.deltas import Delta
 from lora_core.deltas.bias import WithBias
 from lora_core.errors import ConfigError, FileRefused, LoraError, NotFinite, SaveFailed
+from lora_core.facts import Coverage
 from lora_core.families import check_belongs
 from lora_core.folding import fold, fold_bias
 from lora_core.formats.files import read_adapter

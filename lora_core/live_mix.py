@@ -9,10 +9,11 @@ from typing import Any, Literal, Protocol
 
 from torch import nn
 
-from lora_core.adapter import Adapter, Coverage
+from lora_core.adapter import Adapter
 from lora_core.base_weights import BaseWeights, Reference
 from lora_core.deltas import Delta
 from lora_core.errors import ConfigError, LoraError, NotLoaded, did_you_mean
+from lora_core.facts import Coverage
 from lora_core.families import Family, check_belongs
 from lora_core.mix import AdapterWeight, Mix, WeightValue, check_blocks, muted
 from lora_core.new_tokens import NewTokens
@@ -71,7 +72,7 @@ class LiveMix:
         self, source: str | Path | Adapter, name: str | None = None, weight: WeightValue = 1.0
     ) -> Coverage:
         """Put a LoRA on the rack, and its new words into prompts' reach. Wrong family, wrong shapes, words that mean
-        something already or non-finite values raise and change nothing."""
+        something already or non-finite values raise and change nothing; `coverage_on` tells beforehand."""
         if isinstance(source, Adapter):
             adapter = source
             adapter.check_finite()
@@ -85,7 +86,8 @@ class LiveMix:
                 layers = check_belongs(adapter, self.models, self.family)
             check_blocks(name, parsed, self.unet_paths)
             self._refuse_unfusable({**self._mix, name: parsed}, shared=bool(stacks))
-            coverage = Coverage.of(adapter, layers)
+            file = None if isinstance(source, Adapter) else Path(source)
+            coverage = Coverage.of(adapter, layers, file=file, not_finite=())  # else it had been refused
             if not layers and not adapter.embeddings:
                 raise LoraError(
                     f'None of the {coverage.total} layers of "{name}" exist in {self.base_name}: nothing was loaded.'

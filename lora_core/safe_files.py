@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save as serialize
@@ -23,8 +24,10 @@ from lora_core.safe_header import DTYPES, Header, TensorInfo, opened, read_bytes
 from lora_core.safe_writes import sweep_partials, write_atomic
 
 __all__ = [
+    "Hashes",
     "Header",
     "TensorInfo",
+    "hashes_of",
     "read_header",
     "read_tensors",
     "save_tensors",
@@ -56,15 +59,40 @@ def read_tensors(source: Header | Path | str, names: Iterable[str] | None = None
 
 def tensors_sha256(source: Header | Path | str) -> str:
     """SHA-256 of the tensors' bytes alone, full hex: `sshs_model_hash`; its first 12 are civitai's AutoV3."""
-    header = source if isinstance(source, Header) else read_header(source)
-    left = max((info.end for info in header.tensors.values()), default=0)
-    digest, position = hashlib.sha256(), header.data_start
-    with opened(header.path) as file:
-        while left:
-            block = read_bytes(file, position, min(left, 2**22), header.path)
-            digest.update(block)
-            position, left = position + len(block), left - len(block)
-    return digest.hexdigest()
+    return hashes_of([source if isinstance(source, Header) else read_header(source)]).tensors
+
+
+class Hashes(NamedTuple):
+    """SHA-256 in full hex: of the file, None where there are several; of all tensors' bytes, whatever the metadata."""
+
+    file: str | None
+    tensors: str
+
+    @property
+    def autov2(self) -> str | None:
+        """civitai's, of the file."""
+        return self.file and self.file[:10]
+
+    @property
+    def autov3(self) -> str:
+        """civitai's, of the tensors."""
+        return self.tensors[:12]
+
+
+def hashes_of(headers: Sequence[Header]) -> Hashes:
+    """Of one file, or of the files that are one LoRA, in their order. Reads all of them, a few MB at a time."""
+    whole, tensors = hashlib.sha256(), hashlib.sha256()
+    for header in headers:
+        left = max((info.end for info in header.tensors.values()), default=0)
+        with opened(header.path) as file:
+            whole.update(read_bytes(file, 0, header.data_start, header.path))
+            position = header.data_start
+            while left:
+                block = read_bytes(file, position, min(left, 2**22), header.path)
+                whole.update(block)
+                tensors.update(block)
+                position, left = position + len(block), left - len(block)
+    return Hashes(whole.hexdigest() if len(headers) == 1 else None, tensors.hexdigest())
 
 
 def serialized(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:

@@ -15,6 +15,7 @@ from lora_core.errors import ConfigError
 
 _BLOCK = re.compile(r"(?:(down|up)(?:\.(\d+))?|(mid))(?:\.(attn|res))?")
 _LAYER = re.compile(r"layers\.(\d+)")
+_PLACE = re.compile(r"(?:(down|up)_blocks\.(\d+)|(mid)_block)\.")
 _INSIDE = {"attn": "attentions.", "res": "resnets."}
 
 
@@ -25,10 +26,16 @@ def known_blocks(paths: Iterable[str]) -> list[str]:
     """
     found: set[tuple[str, int]] = set()
     for path in inside_unet(paths):
-        block = re.match(r"(?:(down|up)_blocks\.(\d+)|(mid)_block)\.", path)
+        block = _PLACE.match(path)
         if block:
             found |= {(block[1] or block[3], -1), (block[1] or block[3], int(block[2] or -1))}
     return [side if number < 0 else f"{side}.{number}" for side, number in sorted(found)]
+
+
+def block_of(inside: str) -> str:
+    """The block that the layer with this path inside the UNet lies in: down.1, mid; "" for one outside of them."""
+    place = _PLACE.match(inside)
+    return "" if place is None else place[3] or f"{place[1]}.{place[2]}"
 
 
 def inside_unet(paths: Iterable[str]) -> list[str]:

@@ -44,7 +44,7 @@ class Reading:
     unused: tuple[str, ...]
 
 
-SIDE = ".on_input"
+NUMBERS = (".alpha", ".on_input")  # what ends the key of a single number that says what a layer is
 # Where the contents of a file's tensors come from: `read_tensors`, or `outlines` where only shapes matter.
 Load = Callable[[Header, Iterable[str]], dict[str, Tensor]]
 
@@ -122,17 +122,14 @@ def _of(roles: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Te
 def outlines(header: Header, names: Iterable[str]) -> dict[str, Tensor]:
     """Tensors that have a shape and a dtype and cost nothing: what the header alone says of them.
 
-    A file is then checked by the very code that reads it. Single numbers are ones, for alpha is asked for; but which
-    side an (IA)³ scales decides what it fits, and is read."""
-    names = list(names)
-    return read_tensors(header, [name for name in names if name.endswith(SIDE)]) | {
-        name: torch.ones(info.shape, dtype=DTYPES[info.dtype])
-        if math.prod(info.shape) == 1
-        else torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta")
-        for name in names
-        if not name.endswith(SIDE)
-        for info in (header.tensors[name],)
+    A file is then checked by the very code that reads it. Single numbers are read: an alpha is what people look for,
+    and which side an (IA)³ scales decides what it fits."""
+    infos = {name: header.tensors[name] for name in names}
+    numbers = [n for n, info in infos.items() if n.endswith(NUMBERS) and math.prod(info.shape) == 1]
+    empty = {
+        name: torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta") for name, info in infos.items()
     }
+    return empty | read_tensors(header, numbers)
 
 
 def _delta(kind: Kind | None, layer: Layer, magnitude_is_output: bool) -> Delta:

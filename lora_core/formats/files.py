@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,22 +30,32 @@ def read_adapter(path: Path | str) -> Adapter:
     The family is told by the layers' shapes; the metadata decides only where those do not tell. Raises
     FileRefused (damaged, unsafe, no LoRA of Stable Diffusion) and NotFinite.
     """
-    adapter = _assembled(Path(path), read_tensors)
+    adapter = _assembled(Path(path), headers_of(path), read_tensors)
     adapter.check_finite()
     return adapter
 
 
-def describe_adapter(path: Path | str) -> Adapter:
-    """The same from the headers alone: layers, shapes, ranks, family and metadata are the file's, the tensors have
-    no contents (they are on the meta device) and alphas that are stored as tensors read 1.
+def describe_adapter(path: Path | str, headers: Sequence[Header] | None = None) -> Adapter:
+    """The same from the headers alone: layers, shapes, ranks, alphas, family and metadata are the file's, the tensors
+    have no contents (they are on the meta device). `headers`: those of `path`, where they are known already.
 
     Refuses what `read_adapter` refuses, but for NaN and Inf. Costs milliseconds however large the file is.
     """
-    return _assembled(Path(path), outlines)
+    return _assembled(Path(path), headers or headers_of(path), outlines)
 
 
-def _assembled(path: Path, load: Load) -> Adapter:
-    headers = [read_header(file) for file in (weight_files(path) if path.is_dir() else [path])]
+def headers_of(path: Path | str) -> list[Header]:
+    """Of a file, or of the files that are one LoRA in PEFT's folder. Raises FileRefused."""
+    path = Path(path)
+    return [read_header(file) for file in (weight_files(path) if path.is_dir() else [path])]
+
+
+def spelling_of(headers: Sequence[Header]) -> str:
+    """The format's name; "" for a file of none."""
+    return next((form.name for form in FORMATS for header in headers if form.recognises(header)), "")
+
+
+def _assembled(path: Path, headers: Sequence[Header], load: Load) -> Adapter:
     deltas: dict[str, Delta] = {}
     unused: tuple[str, ...] = ()
     metadata: dict[str, str] = {}

@@ -16,10 +16,10 @@ import torch
 
 from app import library as library_module
 from app.library import Library, LoraFile
-from app.safe_names import LONGEST, is_inside, plain, safe_name
-from lora_core.adapter import Adapter
+from app.safe_names import is_inside, safe_name
 from lora_core.errors import FileRefused, LoraError, SaveFailed
 from lora_core.formats import write_adapter
+from lora_core.plain_text import LONGEST, plain
 from lora_core.safe_files import save_tensors
 from tests.lora_core.adapters_on_disk import PAIR, Q, adapter
 
@@ -106,25 +106,6 @@ def test_said_trigger_goes_first_and_text_is_cut_and_cleaned(library: Library) -
     assert found.base_model.startswith("<b> mmm")
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "nonsense",
-        "[1]",
-        "null",
-        "[" * 100_000,
-        '{"a": [1]}',
-        '{"a": {"b": "c"}}',
-        '{"a": {"b": true}}',
-        '{"a": {"b": 1e999}}',
-        '{"' + "a" * 2**20 + '": {"b": 1}}',
-    ],
-)
-def test_damaged_tags_are_no_triggers(text: str) -> None:
-    assert library_module.triggers(Adapter({}, {"ss_tag_frequency": text})) == ()
-
-
 def test_nothing_is_hidden(library: Library) -> None:
     folder = library.lora_folder
     a_lora(folder / "good.safetensors")
@@ -182,8 +163,8 @@ def test_files_are_read_once_and_again_when_they_change(
     library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
-    real = library_module.describe_adapter
-    monkeypatch.setattr(library_module, "describe_adapter", lambda p: read.append(p.name) or real(p))
+    real = library_module.look
+    monkeypatch.setattr(library_module, "look", lambda p: read.append(p.name) or real(p))
     for i in range(3):
         a_lora(library.lora_folder / f"{i}.safetensors", i)
     (library.lora_folder / "bad.safetensors").write_bytes(b"no")

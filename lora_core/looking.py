@@ -1,0 +1,231 @@
+"""look: what lies in a LoRA file, from its header, in milliseconds for files of any size.
+
+What is no LoRA, or cannot be read, is looked at all the same: `Look.problem` is the sentence that refuses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_core.errors import FileRefused, LoraError
+from lora_core.facts import Facts, counted
+from lora_core.families import FAMILIES, Told, family_of_layers
+from lora_core.formats.files import describe_adapter, headers_of, spelling_of
+from lora_core.formats.keys import adapter_path
+from lora_core.formats.metadata import family_of_metadata
+from lora_core.formats.said import THUMBNAIL, commonest_tags, facts_said, trigger_words
+from lora_core.plain_text import plain
+from lora_core.safe_files import Hashes, Header, hashes_of, read_tensors
+from lora_core.safe_header import DTYPES
+
+_BASE = "model.diffusion_model."  # of checkpoints in one file; a UNet alone has its layers' names and no more
+NOTHING_TELLS = Told()
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a file says of itself.
+
+    problem     why it is no LoRA that can be used, in one sentence; "" where it is one
+    facts       of a LoRA; None with a problem
+    base        the family of what is a base model, or a part of one
+    unused      keys that say nothing we know
+    hashes      of the whole file, and of the tensors alone; None unless asked for
+    """
+
+    path: Path
+    size_bytes: int
+    problem: str = ""
+    spelling: str = ""
+    facts: Facts | None = None
+    base: Told = NOTHING_TELLS
+    unused: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict, repr=False)
+    headers: tuple[Header, ...] = field(default=(), repr=False)
+    hashes: Hashes | None = None
+
+    @property
+    def family(self) -> Told:
+        """Of the LoRA, or of the base model that it is."""
+        return Told(self.facts.family, self.facts.told_by) if self.facts else self.base
+
+    @property
+    def claimed(self) -> str | None:
+        """The family that the metadata claims, which need not be the one it has."""
+        return family_of_metadata(self.metadata).key
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, with the file's own metadata but its thumbnail, as json.dumps takes it."""
+        facts = self.facts.as_json() if self.facts else {}
+        return {
+            "file": str(self.path),
+            "size_bytes": self.size_bytes,
+            "problem": self.problem,
+            "spelling": self.spelling,
+            "family": self.family.key,
+            "family_told_by": self.family.by,
+            "family_claimed": self.claimed,
+            **{name: value for name, value in facts.items() if name not in ("family", "told_by")},
+            "unused": list(self.unused),
+            "trigger_words": list(trigger_words(self.metadata)),
+            "tags": commonest_tags(self.metadata),
+            "said": facts_said(self.metadata),
+            "thumbnail": bool(self.metadata.get(THUMBNAIL)),
+            "metadata": {k: v for k, v in self.metadata.items() if k != THUMBNAIL},
+            "hashes": self.hashes
+            and {
+                "autov2": self.hashes.autov2,
+                "autov3": self.hashes.autov3,
+                "sha256": self.hashes.file,
+                "tensors_sha256": self.hashes.tensors,
+            },
+        }
+
+    def __str__(self) -> str:
+        """A few lines for a terminal: no character of the file's reaches it that it would obey."""
+        head = f"{plain(self.path.name, 200)}  {self.size_bytes / 1e6:,.1f} MB"
+        rows = {name: plain(text, 500) for name, text in self._rows().items() if text}
+        width = max(map(len, rows), default=0)
+        return "\n".join([head, *(f"  {name:{width}}  {text}" for name, text in rows.items())])
+
+    def _rows(self) -> dict[str, str]:
+        key, by = self.family
+        told = f"{FAMILIES[key].title}, told by {by}" if key in FAMILIES else ""
+        wrong = self.claimed if self.claimed not in (None, key) and key else None
+        rows = {
+            "problem": self.problem,
+            "family": told or ("unknown: neither layers nor metadata tell it" if self.facts else ""),
+            "claimed": f"{FAMILIES[wrong].title}, by its metadata, which is wrong" if wrong else "",
+            "spelling": self.spelling,
+        }
+        if self.facts:
+            rows |= _facts_rows(self.facts)
+            rows["not used"] = f"{len(self.unused)} keys: {', '.join(self.unused)}" if self.unused else ""
+        rows["trigger words"] = ", ".join(trigger_words(self.metadata))
+        rows["tags"] = _counts(commonest_tags(self.metadata, 10))
+        rows |= {name.replace("_", " "): text for name, text in facts_said(self.metadata).items()}
+        rows["thumbnail"] = "yes" if self.metadata.get(THUMBNAIL) else ""
+        if self.hashes:
+            rows |= {
+                "AutoV2": self.hashes.autov2 or "",
+                "AutoV3": self.hashes.autov3,
+                "SHA-256": self.hashes.file or "",
+            }
+        return rows
+
+
+def look(path: Path | str, *, hashes: bool = False) -> Look:
+    """Look at a LoRA, or whatever the file is. `hashes`: read all of it too, for both hashes and to find NaN and Inf.
+
+    Raises nothing for what a file can be: it says it in `problem`.
+    """
+    path = Path(path)
+    try:
+        headers = headers_of(path)
+    except FileRefused as problem:
+        return Look(path, _size([path]), str(problem))
+    metadata = {key: text for header in headers for key, text in header.metadata.items()}
+    found = Look(path, _size(h.path for h in headers), metadata=metadata, headers=tuple(headers))
+    try:
+        adapter = describe_adapter(path, headers)
+        facts = replace(Facts.of(adapter), dtypes=_dtypes(headers))
+        found = replace(found, facts=facts, spelling=spelling_of(headers), unused=adapter.unused)
+    except LoraError as problem:
+        found = replace(found, problem=str(problem), base=_family_of_base(headers))
+    try:
+        return _read_through(found) if hashes else found
+    except FileRefused as problem:  # it was there a moment ago
+        return replace(found, problem=str(problem), facts=None)
+
+
+def duplicates(looks: Iterable[Look]) -> list[tuple[Look, ...]]:
+    """Those that are one LoRA, whatever their names and metadata: groups of two or more.
+
+    Only files whose headers list the same tensors are read. Alphas may stand in metadata or beside a file: they count.
+    """
+    alike: dict[object, list[Look]] = {}
+    for found in looks:
+        if found.facts:
+            layout = tuple(tuple(header.tensors.items()) for header in found.headers)
+            alike.setdefault((layout, tuple(found.facts.alphas.items())), []).append(found)
+    groups: dict[object, list[Look]] = {}
+    for likeness, same in alike.items():
+        for found in same if len(same) > 1 else ():
+            digest = (found.hashes or hashes_of(found.headers)).tensors
+            groups.setdefault((likeness, digest), []).append(found)
+    return [tuple(group) for group in groups.values() if len(group) > 1]
+
+
+def _read_through(found: Look) -> Look:
+    digests = hashes_of(found.headers)
+    if found.facts is None:
+        return replace(found, hashes=digests)
+    bad = tuple(
+        key
+        for header in found.headers
+        for key in header.tensors
+        if not bool(torch.isfinite(read_tensors(header, [key])[key].float()).all())
+    )
+    problem = ""
+    if bad:
+        problem = (
+            f"{found.path.name} holds values that are NaN or infinite ({', '.join(bad[:3])}"
+            f"{f' and {len(bad) - 3} more tensors' if len(bad) > 3 else ''}). A LoRA must be finite: use an earlier "
+            "checkpoint of it."
+        )
+    return replace(found, hashes=digests, facts=replace(found.facts, not_finite=bad), problem=problem)
+
+
+def _family_of_base(headers: Sequence[Header]) -> Told:
+    """Of a checkpoint or a UNet, by the shapes of its layers as a LoRA's family is."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for header in headers:
+        for key, info in header.tensors.items():
+            path = adapter_path("unet", key.removeprefix(_BASE).removesuffix(".weight"))
+            if path is not None and key.endswith(".weight"):
+                shapes[path] = info.shape
+    return family_of_layers(shapes)
+
+
+def _dtypes(headers: Sequence[Header]) -> dict[str, int]:
+    return counted(
+        str(DTYPES[info.dtype]).removeprefix("torch.") for h in headers for info in h.tensors.values()
+    )
+
+
+def _size(paths: Iterable[Path]) -> int:
+    total = 0
+    for path in paths:
+        try:
+            total += path.stat().st_size
+        except (OSError, ValueError):
+            continue
+    return total
+
+
+def _facts_rows(facts: Facts) -> dict[str, str]:
+    return {
+        "layers": f"{facts.layers}: {_counts(facts.components)}" if facts.layers else "",
+        "blocks": _counts(facts.blocks) if facts.layers else "",
+        "kind": _most(facts.kinds),
+        "rank": _most(facts.ranks),
+        "alpha": _most(facts.alphas),
+        "numbers": _most(facts.dtypes),
+        "new words": ", ".join(f"{word} ({n} vectors)" if n > 1 else word for word, n in facts.words.items()),
+        "not finite": ", ".join(facts.not_finite or ()),
+    }
+
+
+def _most(counts: Mapping[Any, int]) -> str:
+    """One thing alone, or each with how many there are."""
+    named = {f"{k:g}" if isinstance(k, float) else str(k): n for k, n in counts.items()}
+    return next(iter(named)) if len(named) == 1 else _counts(named)
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {n}" for name, n in counts.items())
