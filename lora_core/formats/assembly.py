@@ -50,7 +50,7 @@ Load = Callable[[Header, Iterable[str]], dict[str, Tensor]]
 
 
 class Format(Protocol):
-    """One way of spelling an Adapter in a file."""
+    """One way in which an Adapter can be spelled in a file, to be read."""
 
     name: str
 
@@ -61,6 +61,12 @@ class Format(Protocol):
     def read(self, header: Header, load: Load = read_tensors) -> Reading:
         """Raises FileRefused for a file that is this spelling and damaged."""
         ...
+
+
+class Spelling(Protocol):
+    """One way to write an Adapter."""
+
+    name: str
 
     def write(self, adapter: Adapter, path: Path, metadata: dict[str, str]) -> Path:
         """Write `adapter` in the dtype it has -> the file or folder. Raises SaveFailed, ConfigError."""

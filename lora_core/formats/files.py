@@ -14,14 +14,16 @@ from lora_core.deltas import Delta
 from lora_core.errors import ConfigError, did_you_mean
 from lora_core.families import FAMILIES, Told, family_of_adapter
 from lora_core.formats import foreign, words
-from lora_core.formats.assembly import Format, Load, Reading, cast, outlines
+from lora_core.formats.assembly import Format, Load, Reading, Spelling, cast, outlines
+from lora_core.formats.cloneofsimo import Cloneofsimo
 from lora_core.formats.diffusers import Diffusers
 from lora_core.formats.kohya import Kohya
 from lora_core.formats.metadata import family_of_metadata, kohya_metadata
 from lora_core.formats.peft import Peft, weight_files
 from lora_core.safe_files import Header, read_header, read_tensors
 
-FORMATS: tuple[Format, ...] = (Kohya(), Peft(), Diffusers())
+FORMATS: tuple[Format, ...] = (Cloneofsimo(), Kohya(), Peft(), Diffusers())
+SPELLINGS: tuple[Spelling, ...] = (Kohya(), Diffusers(), Peft())
 
 
 def read_adapter(path: Path | str) -> Adapter:
@@ -99,9 +101,9 @@ def write_adapter(
     absolute path in it is cut down to a name. Atomic, read back and compared. Raises SaveFailed, NotFinite,
     ConfigError for what a spelling cannot say.
     """
-    formats = {form.name: form for form in FORMATS}
-    if spelling not in formats:
-        raise ConfigError(f'spelling = "{spelling}" is unknown.{did_you_mean(spelling, formats)}')
+    spellings = {known.name: known for known in SPELLINGS}
+    if spelling not in spellings:
+        raise ConfigError(f'spelling = "{spelling}" is unknown.{did_you_mean(spelling, spellings)}')
     if not adapter.deltas:
         raise ConfigError("This LoRA has no layers: there is nothing to write. Train or load one first.")
     if adapter.embeddings and spelling != "kohya":
@@ -120,7 +122,7 @@ def write_adapter(
     adapter.check_finite()
     family = family_of_adapter(adapter).key
     named = replace(adapter, family=family, name=adapter.name or path.stem)
-    return formats[spelling].write(named, path, kohya_metadata(named, family=family, facts=metadata or {}))
+    return spellings[spelling].write(named, path, kohya_metadata(named, family=family, facts=metadata or {}))
 
 
 def _read(header: Header, load: Load) -> Reading:

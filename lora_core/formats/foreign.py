@@ -21,7 +21,6 @@ _KINDS = tuple(
         (r"\.(diff|diff_b)$", "full difference"),
         (r"\.(w_norm|b_norm)$", "difference of a norm layer"),
         (r"^(bundle_emb)\.", "bundled textual inversion"),
-        (r"^(?:unet|text_encoder):\d+:(up|down)$", "cloneofsimo's LoRA of 2022"),
         (r"\.(lora_B\.(?:[^.]+\.)?bias)$", "bias of a LoRA"),
     )
 )

@@ -5,6 +5,7 @@ bundle_emb.<fox>.clip_l, .clip_g       (n, 768), (n, 1280)  the same for SDXL; A
 emb_params, string_to_param.*          a file of its own, A1111's; the word is the file's name
 clip_l, clip_g                         the same for SDXL
 <fox>                                  (768,) or (n, 768)  diffusers' learned_embeds.safetensors
+<fox>                                  the same beside cloneofsimo's layers, where the metadata "<fox>" is "<embed>"
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from lora_core.new_tokens import check_word
 from lora_core.safe_files import Header
 
 BUNDLE = "bundle_emb."
+_LEARNT = "<embed>"  # cloneofsimo's mark
 _PARTS = {
     "string_to_param.*": "text_encoder",
     "emb_params": "text_encoder",
@@ -41,7 +43,9 @@ def split(header: Header) -> tuple[Places, Header]:
         places[key] = {"text_encoder": key}
     else:
         for key in header.tensors:
-            if key.startswith(BUNDLE):
+            if header.metadata.get(key) == _LEARNT:
+                places[key] = {"text_encoder": key}
+            elif key.startswith(BUNDLE):
                 word, _, part = key.removeprefix(BUNDLE).partition(".")
                 if word and part in _PARTS and _PARTS[part] not in places.get(word, {}):
                     places.setdefault(word, {})[_PARTS[part]] = key

@@ -26,8 +26,8 @@ class Built(NamedTuple):
 
 
 @functools.cache
-def everything(family: str) -> dict[str, Built]:
-    """Adapter path -> every layer with a weight."""
+def models_of(family: str) -> dict[str, nn.Module]:
+    """By component. Shared by the tests: none of them changes a module."""
     sd = {
         "block_out_channels": (320, 640, 1280, 1280),
         "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
@@ -69,11 +69,17 @@ def everything(family: str) -> dict[str, Built]:
         models["text_encoder"] = CLIPTextModel(text(1024, 23) if family == "sd2" else text(768, 12))
         if family == "sdxl":
             models["text_encoder_2"] = CLIPTextModelWithProjection(text(1280, 32))
+    return models
+
+
+@functools.cache
+def everything(family: str) -> dict[str, Built]:
+    """Adapter path -> every layer with a weight."""
     return {
         f"{component}.text_projection" if path == "text_projection" else file_path(component, path): Built(
             type(module).__name__, tuple(module.weight.shape)
         )
-        for component, model in models.items()
+        for component, model in models_of(family).items()
         for path, module in model.named_modules()
         if isinstance(getattr(module, "weight", None), nn.Parameter)
     }

@@ -97,7 +97,6 @@ REFUSED: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     "glora": ({f"{QPATH}.{k}.weight": one for k in ("a1", "a2", "b1", "b2")}, "GLoRA .*, under names"),
     "oft": ({"oft_unet_mid_block.oft_blocks": one}, "OFT"),
     "full": ({f"{QPATH}.diff": one}, "full difference .*, under names"),
-    "2022": ({"unet:0:up": one, "unet:0:down": one}, "cloneofsimo"),
     "flux": (
         renamed("lora_unet_double_blocks_0_img_attn_qkv")
         | renamed("lora_te1_text_model_encoder_layers_0_mlp_fc1"),
