@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -41,7 +42,7 @@ class Adapter:
         """Raise NotFinite naming the first tensor with NaN or Inf."""
         for path, tensors in self._all():
             for name, tensor in tensors.items():
-                if not bool(torch.isfinite(tensor).all()):
+                if not is_finite(tensor):
                     bad = int((~torch.isfinite(tensor)).sum())
                     raise NotFinite(
                         f"{path} ({name}) holds {bad} values that are NaN or infinite, out of {tensor.numel()}. "
@@ -54,6 +55,16 @@ class Adapter:
     def _all(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         yield from ((path, delta.tensors()) for path, delta in self.deltas.items())
         yield from self.embeddings.items()
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite: by the least and the largest, which NaN is to both. That takes a tenth of
+    the time of looking at each."""
+    if not tensor.numel() or not tensor.is_floating_point():
+        return True
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.half()  # fp8 has next to no arithmetic in torch; all its values are fp16 values
+    return all(map(math.isfinite, map(float, tensor.aminmax())))
 
 
 def live_path(path: str, model: nn.Module) -> str:

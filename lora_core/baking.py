@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapter import COMPONENTS, Adapter, file_path, weight_of
+from lora_core.adapter import COMPONENTS, Adapter, file_path, is_finite, weight_of
 from lora_core.base_weights import bias_of
 from lora_core.deltas import Delta
 from lora_core.deltas.bias import WithBias
@@ -161,7 +161,7 @@ class _Fused:
     def tensor(self, component: str, name: str) -> Tensor:
         dtype, _ = self.outline(component, name)
         made = self._tensor(component, name, dtype)
-        if not bool(torch.isfinite(made).all()):
+        if not is_finite(made):
             raise NotFinite(
                 f"{component}.{name} reaches values that {dtype} cannot hold. Write the model in float32 or bfloat16."
             )

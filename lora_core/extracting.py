@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_core import algebra
-from lora_core.adapter import COMPONENTS, Adapter, file_path
+from lora_core.adapter import COMPONENTS, Adapter, file_path, is_finite
 from lora_core.config import LoraConfig
 from lora_core.deltas import Delta
 from lora_core.deltas.bias import WithBias
@@ -181,7 +181,7 @@ def _differences(
         coarser = max((old.dtype, new.dtype), key=lambda dtype: torch.finfo(dtype).eps)
         if not torch.equal(old.to(coarser), new.to(coarser)):
             change = new.float() - old.float()
-            if not bool(torch.isfinite(change).all()):
+            if not is_finite(change):
                 raise LoraError(
                     f"{component}.{key} holds values that are NaN or infinite in {before.name} or {after.name}. "
                     "Use an undamaged checkpoint."

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from lora_core.adapter import is_finite
 from lora_core.errors import FileRefused, LoraError
 from lora_core.facts import Facts, counted
 from lora_core.families import FAMILIES, Told, family_of_layers
@@ -169,7 +168,7 @@ def _read_through(found: Look) -> Look:
         key
         for header in found.headers
         for key in header.tensors
-        if not bool(torch.isfinite(read_tensors(header, [key])[key].float()).all())
+        if not is_finite(read_tensors(header, [key])[key])
     )
     problem = ""
     if bad:

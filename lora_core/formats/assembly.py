@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_core import algebra
-from lora_core.adapter import Adapter
+from lora_core.adapter import Adapter, is_finite
 from lora_core.deltas import Delta, Factored
 from lora_core.deltas.bias import WithBias
 from lora_core.deltas.low_rank import LowRank
@@ -252,7 +252,7 @@ def cast(adapter: Adapter, dtype: torch.dtype | None) -> Adapter:
     )
     for path, delta in smaller.deltas.items():
         for name, tensor in delta.tensors().items():
-            if not bool(torch.isfinite(tensor).all()):
+            if not is_finite(tensor):
                 largest = float(adapter.deltas[path].tensors()[name].abs().max())
                 raise NotFinite(
                     f"{path} ({name}) reaches {largest:.3g}, more than {str(dtype).removeprefix('torch.')} "

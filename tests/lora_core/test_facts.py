@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lora_core import Adapter, LivePipeline, coverage_on, write_adapter
+from lora_core.adapter import is_finite
 from lora_core.errors import LoraError, NotFinite, WrongFamily
 from lora_core.facts import Coverage, Facts
 from lora_core.formats import describe_adapter
@@ -114,3 +115,18 @@ def test_a_lora_of_every_kind_has_its_kinds_counted() -> None:
         counts = Facts.of(adapter).kinds
         assert sum(counts.values()) == len(adapter.deltas)
         assert {name, f"{name} + bias"} <= set(counts) <= {name, f"{name} + bias", "bias"}
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2]
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3.0])
+def test_a_tensor_is_finite_where_each_value_is(value: float, dtype: torch.dtype) -> None:
+    for shape in ((), (1,), (7, 5), (100_000,)):
+        for at in (0, -1):
+            wide = torch.randn(shape)
+            wide.view(-1)[at] = value
+            assert is_finite(wide.to(dtype)) is bool(torch.isfinite(wide).all()) is (value == 3)
+    assert is_finite(torch.full((9,), torch.finfo(dtype).max, dtype=dtype))
+    assert is_finite(torch.empty(0, dtype=dtype))
+    assert is_finite(torch.arange(3))

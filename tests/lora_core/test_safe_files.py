@@ -109,6 +109,31 @@ def test_hash_is_that_of_the_bytes_behind_the_header(tmp_path: Path) -> None:
     assert tensors_sha256(path) == by_hand
 
 
+@pytest.mark.parametrize(
+    "text", ['{"__metadata__":M,"a":T}', '{"a":T,"__metadata__":M}', '{\n"__metadata__" : M ,\t"a": T } ']
+)
+def test_metadata_is_read_wherever_it_stands(text: str, tmp_path: Path) -> None:
+    said = {"k": '},"b":{', "__metadata__": "\\"}
+    text = text.replace("M", json.dumps(said)).replace("T", json.dumps(T))
+    (tmp_path / "x.safetensors").write_bytes(raw(text.encode(), b"12345678"))
+    header = read_header(tmp_path / "x.safetensors")
+    assert header.metadata == said
+    assert header.tensors == {"a": ("F32", (2,), 0, 8)}
+
+
+def test_files_that_list_the_same_share_it_and_nothing_else(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{i}.safetensors" for i in range(3)]
+    for i, path in enumerate(paths):
+        save_tensors(path, {"a": torch.full((2 + i // 2,), float(i))}, {"number": str(i)})
+    headers = [read_header(path) for path in paths]
+    assert headers[0].tensors is headers[1].tensors
+    assert [header.metadata["number"] for header in headers] == ["0", "1", "2"]
+    assert [float(read_tensors(header)["a"][0]) for header in headers] == [0, 1, 2]
+    os.truncate(paths[1], paths[1].stat().st_size - 1)
+    with pytest.raises(FileRefused, match="cut short"):
+        read_header(paths[1])
+
+
 # ---------------------------------------------------------------- hostile files
 
 
@@ -123,6 +148,17 @@ BAD: dict[str, tuple[bytes, str]] = {
     "data cut": (raw({"a": T}, b"1234567"), "cut short"),
     "data left": (raw({"a": T}, b"123456789"), "behind its last"),
     "twice": (raw(b'{"a":%b,"a":%b}' % ((json.dumps(T).encode(),) * 2), b"12345678"), "twice"),
+    "metadata twice": (raw(b'{"__metadata__":{},"__metadata__":{}}'), "twice"),
+    "metadata twice, apart": (
+        raw(
+            b'{ "__metadata__" : {"a":""} , "a":%b, "__metadata__":{}}' % json.dumps(T).encode(), b"12345678"
+        ),
+        "twice",
+    ),
+    "metadata of nothing": (raw(b'{"__metadata__":null}'), "text to text"),
+    "comma behind metadata": (raw(b'{"__metadata__":{},}'), "damaged header"),
+    "key of metadata twice": (raw(b'{"__metadata__":{"a":"","a":""}}'), "twice"),
+    "no object": (raw(b'{"a":[}'), "damaged header"),
     "no json": (raw(b"{nonsense}"), "damaged header"),
     "nan": (raw(b'{"a": NaN}'), "damaged header"),
     "not utf-8": (raw(b'{"\xff": 1}'), "damaged header"),
