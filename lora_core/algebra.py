@@ -8,12 +8,13 @@ Results are fp32 whatever the inputs are in.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 ROWS = 2**20  # elements of a weight taken to fp32 at a time where only sums along its rows are wanted
+NEAREST = 8  # rows of a layer computed densely where it is not asked whether any must be
 CANCELLING = 1e-3  # rows with |V|^2 below this share of |W|^2 lose digits in the factored norm: see row_norms
 
 
@@ -212,10 +213,25 @@ def row_norms(weight: Tensor, down: Tensor, up: Tensor, *, scale: float, n0: Ten
     n0 = row_norms_squared(weight) if n0 is None else n0
     wa = torch.cat([flat(rows) @ a.T for rows in some_rows(weight)])  # (out, r)
     squared = n0 + 2 * scale * (wa * b).sum(1) + scale**2 * ((b @ (a @ a.T)) * b).sum(1)
-    cancelling = squared < CANCELLING * n0
-    if bool(cancelling.any()):
-        squared[cancelling] = (flat(weight[cancelling]) + scale * (b[cancelling] @ a)).square().sum(1)
-    return squared.sqrt()
+
+    def dense(rows: Tensor) -> Tensor:
+        return (flat(weight[rows]) + scale * (b[rows] @ a)).square().sum(1)
+
+    return _with_dense(squared, n0, dense).sqrt()
+
+
+def _with_dense(squared: Tensor, n0: Tensor, dense: Callable[[Tensor], Tensor]) -> Tensor:
+    """`squared` with `dense(row numbers)` where its terms cancel. Whether any do is free to ask on a CPU; a GPU would
+    have to be waited for at every layer of every step, so there the NEAREST to it are always computed."""
+    if squared.device.type == "cpu":
+        rows = (squared < CANCELLING * n0).nonzero().flatten()
+        return squared.index_copy(0, rows, dense(rows)) if len(rows) else squared
+    return _with_nearest_dense(squared, n0, dense)
+
+
+def _with_nearest_dense(squared: Tensor, n0: Tensor, dense: Callable[[Tensor], Tensor]) -> Tensor:
+    rows = (squared / n0).topk(min(NEAREST, len(squared)), largest=False).indices
+    return squared.index_copy(0, rows, dense(rows)).maximum(1e-9 * n0)
 
 
 def kronecker_row_norms(weight: Tensor, left: Tensor, right: Tensor, *, n0: Tensor) -> Tensor:
@@ -227,11 +243,13 @@ def kronecker_row_norms(weight: Tensor, left: Tensor, right: Tensor, *, n0: Tens
     cross = torch.einsum("abijk,ai,bjk->ab", w, c, d.flatten(2) if d.dim() > 2 else d[:, :, None])
     product = c.square().sum(1)[:, None] * d.flatten(1).square().sum(1)  # (out1, out2)
     squared = n0 + (2 * cross + product).flatten()
-    cancelling = squared < CANCELLING * n0
-    if bool(cancelling.any()):
-        dense = weight.float() + kronecker(left, right, scale=1.0).reshape(weight.shape)
-        squared[cancelling] = row_norms_squared(dense)[cancelling]
-    return squared.sqrt()
+    whole = d.reshape(out2, d.shape[1], -1)  # (out2, in2, k·k)
+
+    def dense(rows: Tensor) -> Tensor:
+        i, j = rows // out2, rows % out2
+        return (w[i, j] + c[i][:, :, None, None] * whole[j][:, None]).square().flatten(1).sum(1)
+
+    return _with_dense(squared, n0, dense).sqrt()
 
 
 def magnitude_axis(magnitude: Tensor, weight_shape: torch.Size) -> int:

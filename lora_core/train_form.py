@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from lora_core.adapter import Adapter, file_path
@@ -198,6 +200,7 @@ def attach(
     for layer in form.layers:
         assert isinstance(layer, TrainableLayer)
         form._hook(layer, layer.site.layer)
+    form._handles.append(register_optimizer_step_post_hook(_count_fused_step))
     form._models = parts
     for stack in form._stacks:
         stack.run()
@@ -205,6 +208,13 @@ def attach(
     for p in form._frozen:
         p.requires_grad_(False)
     return form
+
+
+def _count_fused_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Fused optimizers write to their tensors behind autograd's count of changes, by which a DoRA knows that its norms
+    are of yesterday."""
+    if optimizer.defaults.get("fused"):
+        increment_version([p for group in optimizer.param_groups for p in group["params"]])
 
 
 def _take_back(form: LoraForm) -> None:

@@ -3,14 +3,14 @@ the VAE's posterior, the noise, the timesteps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trainers.buckets import TimeIds, View
+from trainers.buckets import View
 from trainers.caches import LatentCache, draw_latents, encoding, posterior
 from trainers.conditioning import Conditioning, encode, tokenize
 from trainers.dataset import Dataset, Example, Sampler
@@ -18,24 +18,52 @@ from trainers.dataset import Dataset, Example, Sampler
 
 @dataclass(frozen=True)
 class Batch:
-    """`instances` pictures first, pictures of the class after. All on the CPU."""
+    """Pictures of the subject first, pictures of the class after. On the CPU until `to`."""
 
     z: Tensor  # (N, 4, h, w) scaled latents
     eps: Tensor  # like z
     t: Tensor  # (N,) timesteps
+    share: Tensor  # (N,) of each picture in the loss
+    time_ids: Tensor  # (N, 6) SDXL's
     captions: list[str]
-    time_ids: list[TimeIds]
-    instances: int
     names: list[str]  # of the picture files, for messages
+
+    def __len__(self) -> int:
+        return len(self.z)
+
+    def pieces(self, count: int) -> Iterator[Batch]:
+        """At most so many parts, whose losses add up to the whole one's."""
+        size = -(-len(self) // count)
+        for a in range(0, len(self), size):
+            yield Batch(**{name: value[a : a + size] for name, value in vars(self).items()})
+
+    def to(self, device: torch.device) -> Batch:
+        """On a GPU without waiting for the copy: it is pinned, and in order with what is computed from it."""
+        pinned = device.type == "cuda"
+        sent = {
+            name: (value.pin_memory() if pinned else value).to(device, non_blocking=pinned)
+            if isinstance(value, Tensor)
+            else value
+            for name, value in vars(self).items()
+        }
+        return Batch(**sent)  # type: ignore[arg-type]
 
 
 class Feeder:
     """Draws batches; its position is plain JSON and can be taken up again in mid-epoch."""
 
     def __init__(
-        self, dataset: Dataset, vae: Any, cache: LatentCache | None, *, batch_size: int, seed: int
+        self,
+        dataset: Dataset,
+        vae: Any,
+        cache: LatentCache | None,
+        *,
+        batch_size: int,
+        prior_weight: float = 1.0,
+        seed: int,
     ) -> None:
-        self.dataset, self.vae, self.cache, self.batch_size = dataset, vae, cache, batch_size
+        self.dataset, self.vae, self.cache = dataset, vae, cache
+        self.batch_size, self.prior_weight = batch_size, prior_weight
         self.samplers = {"instance": Sampler(len(dataset.instances), seed=seed)}
         if dataset.classes:
             self.samplers["class"] = Sampler(len(dataset.classes), seed=seed + 1)
@@ -49,15 +77,12 @@ class Feeder:
         z = self._latents(rows, generator)
         eps = torch.randn(z.shape, generator=generator)
         t = torch.randint(timesteps, (len(z),), generator=generator)
-        return Batch(
-            z,
-            eps,
-            t,
-            [example.caption for example, _ in rows],
-            [view.time_ids(example.original_size) for example, view in rows],
-            self.batch_size,
-            [example.path.name for example, _ in rows],
-        )
+        share = torch.full((len(rows),), 1 / self.batch_size)
+        share[self.batch_size :] *= self.prior_weight
+        # fp32 whatever the text is in: bf16 would round 1023 pixels to 1024. The UNet casts after its sinusoids.
+        time_ids = torch.tensor([view.time_ids(example.original_size) for example, view in rows]).float()
+        captions = [example.caption for example, _ in rows]
+        return Batch(z, eps, t, share, time_ids, captions, [example.path.name for example, _ in rows])
 
     def _latents(self, rows: Sequence[tuple[Example, View]], generator: torch.Generator) -> Tensor:
         if self.cache is not None:

@@ -46,6 +46,8 @@ class Bench:
     words: Words
     generator: torch.Generator
     emit: events.Emit
+    checkpointed: bool  # gradients', of activations
+    pieces: int = 1  # of each batch, one after the other: more where memory is short
 
 
 def prepare(config: TrainConfig, folder: RunFolder, stop: StopRequest, emit: events.Emit) -> Bench:
@@ -58,7 +60,7 @@ def prepare(config: TrainConfig, folder: RunFolder, stop: StopRequest, emit: eve
         emit(events.Note(text=str(opened.quantised)))
     pipeline = opened.pipeline
     live = LivePipeline(pipeline, opened=opened)
-    schedule = NoiseSchedule.from_scheduler(pipeline.scheduler)
+    schedule = NoiseSchedule.from_scheduler(pipeline.scheduler).to(accelerator.device)
     dataset = find_pictures(config, live, stop, emit)
     if config.train.channels_last:
         pipeline.unet.to(memory_format=torch.channels_last)
@@ -92,7 +94,14 @@ def prepare(config: TrainConfig, folder: RunFolder, stop: StopRequest, emit: eve
     if form.words is not None:
         groups.append(form.words.group(config.train.new_token_learning_rate))
     optimizer = optim.adamw(groups, weight_decay=config.train.weight_decay)
-    feeder = Feeder(dataset, pipeline.vae, cache, batch_size=config.train.batch_size, seed=config.seed)
+    feeder = Feeder(
+        dataset,
+        pipeline.vae,
+        cache,
+        batch_size=config.train.batch_size,
+        prior_weight=config.data.prior_weight,
+        seed=config.seed,
+    )
     generator = torch.Generator("cpu").manual_seed(config.seed)
     return Bench(
         config,
@@ -108,6 +117,7 @@ def prepare(config: TrainConfig, folder: RunFolder, stop: StopRequest, emit: eve
         words,
         generator,
         emit,
+        config.train.gradient_checkpointing,
     )
 
 

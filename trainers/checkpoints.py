@@ -7,19 +7,22 @@ random generator, the sampler's position; the small facts are JSON in its metada
 from __future__ import annotations
 
 import json
+import random
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lora_core.errors import FileRefused
+from lora_core.errors import FileRefused, NotFinite
 from lora_core.safe_files import read_header, read_tensors, save_tensors
 from lora_core.train_form import LoraForm
 
-KIND = "lora-loom training state 1"
+KIND = "lora-loom training state 2"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -39,16 +42,25 @@ def save_state(
     generator: torch.Generator,
     scaler: Any,
 ) -> None:
-    tensors: dict[str, Tensor] = {"rng.run": generator.get_state(), "rng.torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    """Raises NotFinite instead of writing a state from which nothing could be learnt any more."""
+    tensors, chance = get_chance()
+    tensors["rng.run"] = generator.get_state()
     for name, start in form.named_buffers():
         tensors[f"start.{name}"] = start
     for name, p in form.named_parameters():
         tensors[f"lora.{name}"] = p.detach()
         for key, value in optimizer.state[p].items():
             tensors[f"{key}.{name}"] = value
-    facts = {"position": vars(position), "scaler": scaler.state_dict() if scaler is not None else None}
+    if bad := first_not_finite(tensors):
+        raise NotFinite(
+            f"The state at step {position.step} holds NaN or Inf ({bad}) and was not saved; what was saved before is "
+            "whole. Resume from there, with a lower train.learning_rate."
+        )
+    facts = {
+        "position": vars(position),
+        "scaler": scaler.state_dict() if scaler is not None else None,
+        "chance": chance,
+    }
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_tensors(path, contiguous, {"loom.kind": KIND, "loom.state": json.dumps(facts)})
 
@@ -75,17 +87,44 @@ def load_state(
     with torch.no_grad():
         for name, p in form.named_parameters():
             p.copy_(tensors[f"lora.{name}"])
-            # AdamW keeps its step count on the CPU and its moments beside the parameter
+            # the fused AdamW counts its steps beside the parameter too
             state = {key: tensors[f"{key}.{name}"] for key in _MOMENTS if f"{key}.{name}" in tensors}
-            optimizer.state[p] = {k: t if k == "step" else t.to(p.device) for k, t in state.items()}
-    generator.set_state(tensors["rng.run"])
-    torch.set_rng_state(tensors["rng.torch"])
-    if torch.cuda.is_available() and "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
+            optimizer.state[p] = {key: t.to(p.device) for key, t in state.items()}
     facts = json.loads(header.metadata["loom.state"])
+    generator.set_state(tensors["rng.run"])
+    set_chance(tensors, facts["chance"])
     if scaler is not None and facts["scaler"]:
         scaler.load_state_dict(facts["scaler"])
     return Position(**facts["position"])
+
+
+def get_chance() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Every generator of the process: torch's on each kind of device as tensors, Python's and numpy's as JSON."""
+    tensors = {"rng.torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        tensors["rng.mps"] = torch.mps.get_rng_state()
+    kind, keys, *rest = np.random.get_state()
+    return tensors, {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]}
+
+
+def set_chance(tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    torch.set_rng_state(tensors["rng.torch"])
+    if torch.cuda.is_available() and "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng.cuda"])
+    if torch.backends.mps.is_available() and "rng.mps" in tensors:
+        torch.mps.set_rng_state(tensors["rng.mps"])
+    version, state, gauss = facts["python"]
+    random.setstate((version, tuple(state), gauss))
+    kind, keys, *rest = facts["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of one that holds NaN or Inf."""
+    numbers = {name: t for name, t in tensors.items() if t.is_floating_point()}
+    return next((name for name, t in numbers.items() if not bool(torch.isfinite(t).all())), None)
 
 
 def refuse_other_start(path: Path, form: LoraForm, tensors: dict[str, Tensor]) -> None:
@@ -127,11 +166,13 @@ def newest_whole(folder: Path) -> tuple[Path, list[str]]:
     problems: list[str] = []
     for _, path in reversed(saved_steps(folder)):
         try:
-            read_tensors(read_header(path))
+            bad = first_not_finite(read_tensors(read_header(path)))
         except FileRefused as problem:
             problems.append(f"Checkpoint {path.name} is damaged and was passed over: {problem}")
-        else:
+            continue
+        if bad is None:
             return path, problems
+        problems.append(f"Checkpoint {path.name} holds NaN or Inf ({bad}) and was passed over.")
     raise FileRefused(
         f"{folder} holds no whole checkpoint to resume from{': ' + ' '.join(problems) if problems else '.'} "
         "Start the training again with its preset."

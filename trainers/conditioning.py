@@ -6,14 +6,12 @@ the second's pooled projection, and six numbers about the crop (`View.time_ids`)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from trainers.buckets import TimeIds
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
@@ -97,15 +95,13 @@ def encode(components: Mapping[str, Any], ids: Mapping[str, Tensor]) -> Conditio
     return Conditioning(torch.cat(states, dim=-1), pooled)
 
 
-def added_conditions(conditioning: Conditioning, time_ids: Iterable[TimeIds]) -> dict[str, Tensor] | None:
-    """The UNet's `added_cond_kwargs`: pooled text (N, P) and time ids (N, 6); None before SDXL."""
+def added_conditions(conditioning: Conditioning, time_ids: Tensor) -> dict[str, Tensor] | None:
+    """The UNet's `added_cond_kwargs`: pooled text (N, P) and time ids (N, 6), fp32; None before SDXL."""
     if conditioning.pooled is None:
         return None
     pooled = conditioning.pooled
-    # fp32 whatever the text is in: bf16 would round 1023 pixels to 1024. The UNet casts after its sinusoids.
-    numbers = torch.tensor(list(time_ids), dtype=torch.float32, device=pooled.device)
-    if numbers.shape != (len(pooled), 6):
+    if time_ids.shape != (len(pooled), 6):
         raise ValueError(
-            f"{len(pooled)} prompts need as many rows of 6 time ids; found {tuple(numbers.shape)}"
+            f"{len(pooled)} prompts need as many rows of 6 time ids; found {tuple(time_ids.shape)}"
         )
-    return {"text_embeds": pooled, "time_ids": numbers}
+    return {"text_embeds": pooled, "time_ids": time_ids.to(pooled.device)}

@@ -218,6 +218,8 @@ class TrainSettings(Table):
     """Encode every picture once, before the first step; the VAE then leaves the device."""
     channels_last: bool = False
     """Memory order that convolutions like better: faster on some cards and on CPUs."""
+    log_every: Positive | None = None
+    """Steps between two looks at the loss, each of which waits for the device; left out: 10 on a GPU, 1 on a CPU."""
     loss_weighting: Literal["uniform", "min_snr", "min_snr_floored"] = "uniform"
     """How much each noise level counts; "min_snr" is arXiv 2303.09556."""
     snr_gamma: Annotated[float, Field(gt=0)] = 5.0

@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState
 
-from lora_core.errors import ConfigError, LoraError, NotFinite, SaveFailed, Stopped
+from lora_core.batch_size import ran_out_of_memory
+from lora_core.errors import LoraError, NotFinite, Stopped
 from lora_core.formats import read_adapter
 from lora_core.quantised import count_weights
 from lora_core.safe_files import tensors_sha256
@@ -35,7 +36,10 @@ from trainers.conditioning import added_conditions
 from trainers.config import TrainConfig
 from trainers.control import Orders, StopRequest, listening, signals_ask
 from trainers.finish import write_lora, write_report
+from trainers.room import make_room, out_of_memory
 from trainers.run_folder import RunFolder
+from trainers.saving import save, save_or_say, saved_for, take_up
+from trainers.watch import Watch
 
 POLL_S = 0.1  # while paused
 
@@ -62,12 +66,9 @@ def train(
             log(events.Failed(reason=str(problem)))
             raise
         except torch.OutOfMemoryError as problem:
-            reason = (
-                "The device is out of memory. Set train.gradient_checkpointing = true, train.batch_size = 1 (and raise "
-                f"train.gradient_accumulation), or a lower data.resolution. ({problem})"
-            )
-            log(events.Failed(reason=reason))
-            raise LoraError(reason) from problem
+            refusal = out_of_memory(problem)
+            log(events.Failed(reason=str(refusal)))
+            raise refusal from problem
         finally:
             log.close()
 
@@ -110,27 +111,6 @@ def prepare_or_say(config: TrainConfig, folder: RunFolder, stop: StopRequest, em
         raise
 
 
-def take_up(bench: Bench) -> int:
-    """Continue from the newest whole checkpoint -> optimizer steps already done.
-
-    A run of which nothing was saved is taken up at its beginning, where `prepare` has put it.
-    """
-    if not bench.folder.has_saved():
-        return 0
-    path, problems = checkpoints.newest_whole(bench.folder.checkpoints)
-    for problem in problems:
-        bench.emit(events.Note(text=problem))
-    position = checkpoints.load_state(
-        path, bench.form, bench.optimizer, bench.generator, bench.accelerator.scaler
-    )
-    bench.feeder.restore(position.sampler)
-    if position.step > bench.config.train.steps:
-        raise ConfigError(
-            f"This run stands at step {position.step}, beyond train.steps: raise that to go on."
-        )
-    return position.step
-
-
 def announce(bench: Bench, first: int) -> None:
     dataset, live = bench.feeder.dataset, bench.live
     bench.emit(
@@ -157,31 +137,40 @@ def announce(bench: Bench, first: int) -> None:
 def steps(bench: Bench, first: int, orders: Orders) -> None:
     config = bench.config.train
     parameters = list(bench.form.parameters())
-    optimizer = bench.accelerator.prepare(bench.optimizer)
+    optimizer, scaled = bench.accelerator.prepare(bench.optimizer), bench.accelerator.scaler is not None
+    watch = Watch(config.log_every or (1 if bench.device.type == "cpu" else 10))
     began, total = time.monotonic(), config.steps
     for step in range(first + 1, total + 1):
         optim.set_rate(
             bench.optimizer,
             optim.rate_factor(config.schedule, step - 1, steps=total, warmup=config.warmup_steps),
         )
-        losses_of_step: list[float] = []
-        for _ in range(config.gradient_accumulation):
-            batch = bench.feeder.next(bench.generator, len(bench.schedule))
-            loss = batch_loss(bench, batch)
-            losses_of_step.append(loss.item())
-            check_finite(losses_of_step[-1], batch, step)
-            bench.accelerator.backward(loss / config.gradient_accumulation)
-        bench.accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+        batches = [
+            bench.feeder.next(bench.generator, len(bench.schedule))
+            for _ in range(config.gradient_accumulation)
+        ]
+        found = gradients(bench, batches)
+        norm = bench.accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+        bad = watch.keep(step, bench.optimizer.param_groups[0]["lr"], found, norm, batches)
+        if not scaled:  # a GradScaler sees to it itself
+            optim.leave_out_if(bench.optimizer, bad)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        eta = (time.monotonic() - began) / (step - first) * (total - step)
-        rate = bench.optimizer.param_groups[0]["lr"]
-        loss_value = sum(losses_of_step) / len(losses_of_step)
-        bench.emit(
-            events.Step(step=step, steps=total, loss=loss_value, learning_rate=rate, eta_s=round(eta, 1))
-        )
-        if bench.config.preview.every and step % bench.config.preview.every == 0:
+        preview_now = bool(bench.config.preview.every) and step % bench.config.preview.every == 0
+        save_now = bool(bench.config.save.every) and step % bench.config.save.every == 0 and step < total
+        if watch.due or preview_now or save_now or orders.waiting or orders.stop.asked or step == total:
+            try:
+                for done, loss, rate in watch.read(scaled=scaled):
+                    eta = (time.monotonic() - began) / (step - first) * (total - done)
+                    bench.emit(
+                        events.Step(
+                            step=done, steps=total, loss=loss, learning_rate=rate, eta_s=round(eta, 1)
+                        )
+                    )
+            except NotFinite as problem:
+                raise saved_for(bench, step, problem) from None
+        if preview_now:
             previews.render(bench, step, orders.stop)
         if orders.waiting:
             began += obey(bench, step, orders)
@@ -190,42 +179,47 @@ def steps(bench: Bench, first: int, orders: Orders) -> None:
             resume = bench.folder.resume_command
             bench.emit(events.Interrupted(step=step, path=str(path), resume=resume))
             raise Stopped(f"Stopped at step {step} of {total}; saved. Go on with: {resume}")
-        if bench.config.save.every and step % bench.config.save.every == 0 and step < total:
+        if save_now:
             save_or_say(bench, step)
     save_or_say(bench, total)
 
 
+def gradients(bench: Bench, batches: Sequence[Batch]) -> list[torch.Tensor]:
+    """Added up over the batches of a step -> each one's loss, on the device. What memory has no room for is done again
+    in smaller pieces: the step is the same."""
+    while True:
+        try:
+            return [backward(bench, batch, 1 / len(batches)) for batch in batches]
+        except RuntimeError as problem:
+            if not ran_out_of_memory(problem):
+                raise
+            why = str(problem)  # the exception itself holds on to the memory
+        make_room(bench, max(map(len, batches)), why)
+
+
+def backward(bench: Bench, batch: Batch, share: float) -> torch.Tensor:
+    parts = []
+    for piece in batch.pieces(bench.pieces):
+        loss = batch_loss(bench, piece.to(bench.device))
+        bench.accelerator.backward(loss * share)
+        parts.append(loss.detach())
+    return torch.stack(parts).sum()
+
+
 def batch_loss(bench: Bench, batch: Batch) -> torch.Tensor:
     """One UNet call -> the DreamBooth loss, fp32, with gradients to the LoRA."""
-    config, device = bench.config.train, bench.device
-    unet = bench.live.pipeline.unet
-    schedule = bench.schedule
+    config, schedule, unet = bench.config.train, bench.schedule, bench.live.pipeline.unet
     z_t, target = schedule.noise(batch.z, batch.eps, batch.t), schedule.target(batch.z, batch.eps, batch.t)
-    weight = schedule.weight(config.loss_weighting, batch.t, gamma=config.snr_gamma)
+    weight = batch.share * schedule.weight(config.loss_weighting, batch.t, gamma=config.snr_gamma)
     with bench.accelerator.autocast():
-        words = bench.words(batch.captions).to(device, unet.dtype)
+        words = bench.words(batch.captions).to(bench.device, unet.dtype)
         prediction = unet(
-            z_t.to(device, unet.dtype),
-            batch.t.to(device),
+            z_t.to(unet.dtype),
+            batch.t,
             encoder_hidden_states=words.hidden,
             added_cond_kwargs=added_conditions(words, batch.time_ids),
         ).sample
-    return losses.dreambooth(
-        prediction,
-        target.to(device),
-        weight.to(device),
-        instances=batch.instances,
-        prior_weight=bench.config.data.prior_weight,
-    )
-
-
-def check_finite(loss: float, batch: Batch, step: int) -> None:
-    """Raise before the optimizer has touched anything: the last saved state stays good."""
-    if not torch.isfinite(torch.tensor(loss)):
-        raise NotFinite(
-            f"The loss at step {step} is {loss}, with {', '.join(batch.names)} (timesteps {batch.t.tolist()}). "
-            "No step was taken on it. Halve train.learning_rate, or set train.base_dtype to bf16 or fp32, and resume."
-        )
+    return losses.dreambooth(prediction, target, weight)
 
 
 def obey(bench: Bench, step: int, orders: Orders) -> float:
@@ -248,34 +242,6 @@ def do_now(bench: Bench, step: int, orders: Orders) -> None:
         previews.render_sample(bench, step, sample, orders.stop)
     if orders.take_save():
         save_or_say(bench, step)
-
-
-def save(bench: Bench, step: int) -> Path:
-    """State to resume from, and the LoRA as it is now. Raises SaveFailed with nothing old lost."""
-    path = checkpoints.state_path(bench.folder.checkpoints, step)
-    position = checkpoints.Position(step, bench.feeder.state())
-    checkpoints.save_state(
-        path, position, bench.form, bench.optimizer, bench.generator, bench.accelerator.scaler
-    )
-    lora = write_lora(
-        bench.config,
-        bench.folder.lora_at(step),
-        bench.form,
-        bench.opened,
-        step=step,
-        dataset=bench.feeder.dataset,
-    )
-    checkpoints.prune(bench.folder.checkpoints, bench.config.save.keep)
-    bench.emit(events.Saved(step=step, path=str(path), lora=str(lora)))
-    return path
-
-
-def save_or_say(bench: Bench, step: int) -> None:
-    """A full disk in the middle of a run is said and tried again at the next save: the training goes on."""
-    try:
-        save(bench, step)
-    except SaveFailed as problem:
-        bench.emit(events.Note(text=f"Step {step} was not saved; the training goes on. {problem}"))
 
 
 def report_or_say(bench: Bench, lora: Path, stop: StopRequest) -> None:

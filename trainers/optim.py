@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lora_core.errors import ConfigError, did_you_mean
 
@@ -34,9 +35,15 @@ def rate_factor(schedule: str, step: int, *, steps: int, warmup: int) -> float:
 
 def adamw(groups: Sequence[Mapping[str, Any]], *, weight_decay: float) -> torch.optim.AdamW:
     """`groups` as `LoraForm.parameter_groups` gives them, each with its own peak rate; betas (0.9, 0.999), epsilon 1e-8
-    as the reference script."""
+    as the reference script. Fused: all tensors in one kernel, which can leave a step out without the host knowing."""
     with_peaks = [{**group, "peak": group["lr"]} for group in groups]
-    return torch.optim.AdamW(with_peaks, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
+    return torch.optim.AdamW(with_peaks, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, fused=True)
+
+
+def leave_out_if(optimizer: torch.optim.AdamW, bad: Tensor) -> None:
+    """The next step changes nothing, neither weights nor moments, where `bad` (a bool on the device) is true. It is how
+    a GradScaler speaks to fused optimizers."""
+    optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -114,6 +114,12 @@ class RunFolder:
     @classmethod
     def reopen(cls, root: Path, overrides: Sequence[str] = ()) -> tuple[RunFolder, TrainConfig]:
         """A run to go on with, and the preset it was started with, with `overrides`."""
+        if root.is_file():
+            raise ConfigError(
+                f"{root.name} is a file, and only a run's folder holds all that goes on exactly: from weights alone, "
+                "without the optimizer's state, a resumed run would be another run. Resume the folder it was made in, "
+                f'or begin a new training from it: --train PRESET --set "lora.start_from={root}".'
+            )
         preset = root / "preset.toml"
         if not preset.exists():
             raise ConfigError(

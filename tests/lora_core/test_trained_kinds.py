@@ -355,7 +355,12 @@ def test_another_start_is_refused(found: LoraConfig, wanted: LoraConfig, sentenc
 
 
 @pytest.mark.parametrize("kernel", [(), (3, 3)])
-def test_kronecker_row_norms_are_the_dense_ones(kernel: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_kronecker_row_norms_are_the_dense_ones(
+    kernel: tuple[int, ...], on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if on_gpu:  # as it is computed there
+        monkeypatch.setattr(algebra, "_with_dense", algebra._with_nearest_dense)
     g = torch.Generator().manual_seed(1)
     left, right = torch.randn(3, 2, generator=g), torch.randn(5, 4, *kernel, generator=g)
     weight = torch.randn(15, 8, *kernel, generator=g)
@@ -367,3 +372,21 @@ def test_kronecker_row_norms_are_the_dense_ones(kernel: tuple[int, ...]) -> None
     torch.testing.assert_close(
         got.double()[ordinary], whole.flatten(1).norm(dim=1)[ordinary], rtol=2e-6, atol=0
     )
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_dora_sees_what_an_optimizer_wrote(fused: bool) -> None:
+    """A fused optimizer writes without autograd counting it: the norms that are kept from call to call must follow."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"layer": nn.Linear(8, 6)})
+    form = attach({"unet": model}, LoraConfig(rank=2, targets=("layer",), variant="dora", init="random"))
+    optimizer = torch.optim.AdamW(form.parameters(), lr=0.5, fused=fused)
+    x = torch.randn(3, 8)
+    for _ in range(2):
+        model["layer"](x).square().sum().backward()
+        optimizer.step()
+    kept = model["layer"](x)
+    own = form.layers[0]
+    own._norm = None
+    assert torch.equal(model["layer"](x), kept)
+    detach(form)

@@ -109,7 +109,8 @@ def test_added_conditions_are_the_pipelines() -> None:
         conditioning = encode(pipe.components, tokenize(pipe, PROMPTS[:2]).ids)
     sizes = [(160, 96), (1023, 511)]
     views = [View(plan_crop(size, 64)) for size in sizes]
-    added = added_conditions(conditioning, [v.time_ids(s) for v, s in zip(views, sizes, strict=True)])
+    time_ids = torch.tensor([v.time_ids(s) for v, s in zip(views, sizes, strict=True)]).float()
+    added = added_conditions(conditioning, time_ids)
     assert added is not None
     for row, (view, (width, height)) in enumerate(zip(views, sizes, strict=True)):
         expected = pipe._get_add_time_ids(
@@ -127,7 +128,7 @@ def test_added_conditions_go_through_a_half_precision_unet_unrounded() -> None:
     pipe = small_pipeline("sdxl", dtype=torch.bfloat16)
     with torch.no_grad():
         conditioning = encode(pipe.components, tokenize(pipe, PROMPTS[:1]).ids)
-        added = added_conditions(conditioning, [(1023, 511, 0, 3, 64, 64)])
+        added = added_conditions(conditioning, torch.tensor([(1023.0, 511, 0, 3, 64, 64)]))
         assert added is not None
         assert added["time_ids"].tolist() == [[1023, 511, 0, 3, 64, 64]]
         z = torch.zeros(1, 4, 16, 16, dtype=torch.bfloat16)
@@ -139,6 +140,6 @@ def test_families_without_pooled_text_have_none_and_missing_rows_are_named() -> 
     pipe = small_pipeline("sd2")
     with torch.no_grad():
         conditioning = encode(pipe.components, tokenize(pipe, PROMPTS[:2]).ids)
-    assert added_conditions(conditioning, []) is None
+    assert added_conditions(conditioning, torch.zeros(0, 6)) is None
     with pytest.raises(ValueError, match=r"2 prompts need as many rows .* found \(1, 6\)"):
-        added_conditions(Conditioning(conditioning.hidden, torch.zeros(2, 8)), [(1, 2, 3, 4, 5, 6)])
+        added_conditions(Conditioning(conditioning.hidden, torch.zeros(2, 8)), torch.zeros(1, 6))

@@ -1,0 +1,71 @@
+"""Save a run at its bench, and take it up again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lora_core.errors import ConfigError, NotFinite, SaveFailed
+from trainers import checkpoints, events
+from trainers.bench import Bench
+from trainers.finish import write_lora
+
+
+def take_up(bench: Bench) -> int:
+    """Continue from the newest whole checkpoint -> optimizer steps already done.
+
+    A run of which nothing was saved is taken up at its beginning, where `prepare` has put it.
+    """
+    if not bench.folder.has_saved():
+        return 0
+    path, problems = checkpoints.newest_whole(bench.folder.checkpoints)
+    for problem in problems:
+        bench.emit(events.Note(text=problem))
+    position = checkpoints.load_state(
+        path, bench.form, bench.optimizer, bench.generator, bench.accelerator.scaler
+    )
+    bench.feeder.restore(position.sampler)
+    if position.step > bench.config.train.steps:
+        raise ConfigError(
+            f"This run stands at step {position.step}, beyond train.steps: raise that to go on."
+        )
+    return position.step
+
+
+def save(bench: Bench, step: int) -> Path:
+    """State to resume from, and the LoRA as it is now. Raises SaveFailed, NotFinite with nothing old lost."""
+    path = checkpoints.state_path(bench.folder.checkpoints, step)
+    position = checkpoints.Position(step, bench.feeder.state())
+    checkpoints.save_state(
+        path, position, bench.form, bench.optimizer, bench.generator, bench.accelerator.scaler
+    )
+    lora = write_lora(
+        bench.config,
+        bench.folder.lora_at(step),
+        bench.form,
+        bench.opened,
+        step=step,
+        dataset=bench.feeder.dataset,
+    )
+    checkpoints.prune(bench.folder.checkpoints, bench.config.save.keep)
+    bench.emit(events.Saved(step=step, path=str(path), lora=str(lora)))
+    return path
+
+
+def save_or_say(bench: Bench, step: int) -> None:
+    """A full disk in the middle of a run is said and tried again at the next save: the training goes on."""
+    try:
+        save(bench, step)
+    except SaveFailed as problem:
+        bench.emit(events.Note(text=f"Step {step} was not saved; the training goes on. {problem}"))
+
+
+def saved_for(bench: Bench, step: int, problem: NotFinite) -> NotFinite:
+    """What ends a run on NaN: the problem, and what is kept. The bad step was left out, so the state is good."""
+    try:
+        save(bench, step)
+    except (NotFinite, SaveFailed) as why:
+        last = checkpoints.last_step(bench.folder.checkpoints)
+        kept = f"{why} The last saved step is {last}." if last else f"{why} Nothing was saved before."
+    else:
+        kept = f"Saved as it is without it, at step {step}."
+    return NotFinite(f"{problem} {kept} Go on with: {bench.folder.resume_command}")
