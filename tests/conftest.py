@@ -10,6 +10,9 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # before torch is imported: processes that each take every core wait for one another most of the time
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(workers)))
 
 
 @pytest.fixture(autouse=True)

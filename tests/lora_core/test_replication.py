@@ -172,9 +172,9 @@ def test_gradients_are_those_of_the_dense_stack(component: str) -> None:
         weight = weight_of(model.get_submodule(live_path(path.partition(".")[2], model)))
         factors: Any = layer.factors
         scale = 5.0 / 3.0
-        assert torch.allclose(factors.up.grad, scale * weight.grad @ factors.down.T, rtol=1e-3, atol=1e-4), (
-            path
-        )
+        expected = (scale * weight.grad @ factors.down.T).detach()
+        # against the whole: single entries are differences of large fp32 sums, whose order the threads decide
+        assert float((factors.up.grad - expected).norm()) < 1e-4 * float(expected.norm()), path
     detach(form)
 
 
