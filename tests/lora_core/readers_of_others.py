@@ -22,7 +22,11 @@ State = Mapping[str, Tensor]  # what ends a layer's keys -> tensor
 
 
 class Refused(Exception):
-    """The program does not take this layer: it skips it, or refuses the file."""
+    """For this layer's keys the program refuses the file."""
+
+
+class Skipped(Exception):
+    """It goes on without this layer."""
 
 
 class Changed(NamedTuple):
@@ -153,7 +157,7 @@ def _a1111_ia3(state: State, weight: Tensor) -> Changed:
     try:
         return Changed((weight * spread).reshape(weight.shape))
     except RuntimeError as problem:
-        raise Refused("a vector along the wrong side") from problem
+        raise Skipped("a vector along the wrong side") from problem
 
 
 def _a1111_glora(state: State, weight: Tensor) -> Changed:
@@ -162,7 +166,7 @@ def _a1111_glora(state: State, weight: Tensor) -> Changed:
     try:
         return Changed(((b2 @ b1) + (weight @ a2) @ a1).reshape(weight.shape))
     except RuntimeError as problem:
-        raise Refused("factors under the names of today") from problem
+        raise Skipped("factors under the names of today") from problem
 
 
 def _a1111_oft(state: State, weight: Tensor) -> Changed:
@@ -190,7 +194,7 @@ def comfyui(state: State, weight: Tensor) -> Changed:
         change, bias = state["w_norm"], state.get("b_norm")
     change, bias = state.get("diff", change), state.get("diff_b", bias)
     if change is None and bias is None:
-        raise Refused(f"no kind of ComfyUI wants {sorted(state)}: they are logged as not loaded")
+        raise Skipped(f"no kind of ComfyUI wants {sorted(state)}: they are logged as not loaded")
     return Changed(torch.zeros_like(weight) if change is None else change.reshape(weight.shape), bias)
 
 
@@ -268,7 +272,10 @@ def invokeai(state: State, weight: Tensor) -> Changed:
     if "diff" in state:
         return Changed(state["diff"].reshape(weight.shape), state.get("diff_b"))
     if "on_input" in state:
-        return _a1111_ia3(state, weight)
+        try:
+            return _a1111_ia3(state, weight)
+        except Skipped as problem:  # nothing catches the error there
+            raise Refused(str(problem)) from problem
     if "w_norm" in state:
         return Changed(state["w_norm"], state.get("b_norm"))
     raise Refused(f"no kind of InvokeAI wants {sorted(state)}: it refuses the file")

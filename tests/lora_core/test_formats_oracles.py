@@ -6,7 +6,9 @@ The oracle of a weight is our dense formula: W + algebra.low_rank(...), or algeb
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,13 @@ from torch import nn
 
 from lora_core.adapter import Adapter, file_path, resolve, weight_of
 from lora_core.deltas import Delta
+from lora_core.deltas.bias import WithBias
 from lora_core.deltas.low_rank import LowRank
 from lora_core.deltas.magnitude import WithMagnitude
 from lora_core.formats import read_adapter, write_adapter
-from tests.small_models import small_pipeline
+from lora_core.formats.cautions import OTHER, REFUSES, cautions
+from tests.lora_core import kinds_by_hand as by_hand
+from tests.small_models import FAMILIES, TEXT_WIDTH, small_pipeline
 
 # PEFT asks transformers for an attribute that has a new name
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -179,6 +184,146 @@ def test_diffusers_loads_our_dora(kinds: tuple[str, ...], tmp_path: Path) -> Non
     expected = dense_weights(adapter, models(pipe))
     load(pipe, write_adapter(adapter, tmp_path / "x", spelling="diffusers"))
     assert_wears(models(pipe), expected)
+
+
+@torch.no_grad()
+def picture(pipe: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(5)
+    args = {"num_inference_steps": 2, "height": 128, "width": 128, "guidance_scale": 3.0}
+    out = pipe("a red cat", negative_prompt="blue", generator=generator, output_type="pt", **args)
+    return out.images
+
+
+@functools.cache
+def picture_of_base(family: str) -> torch.Tensor:
+    return picture(small_pipeline(family))
+
+
+PICTURES = [
+    ("sd1", "kohya", False, torch.bfloat16),
+    ("sd2", "kohya", False, torch.float16),
+    ("sdxl", "kohya", False, torch.float16),
+    *((family, "diffusers", True, torch.float16) for family in FAMILIES),
+    *((family, "peft", True, torch.bfloat16) for family in FAMILIES),
+]
+
+
+@pytest.mark.parametrize(("family", "spelling", "dora", "dtype"), PICTURES)
+def test_our_files_make_the_same_pictures_in_diffusers(
+    family: str, spelling: str, dora: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """LoRA, LoCon and DoRA on every kind of layer, alpha not the rank; SDXL's kohya file has sgm's names."""
+    pipe, dense = small_pipeline(family), small_pipeline(family)
+    alphas = (3.0,) if spelling == "kohya" else (3.0, 0.5)
+    adapter = adapter_for(pipe, family, dora=dora, ranks=(2, 3), alphas=alphas)
+    path = write_adapter(adapter, tmp_path / "x", spelling=spelling, dtype=dtype)
+    if spelling == "peft":
+        for component, model in models(pipe).items():
+            peft.PeftModel.from_pretrained(model, path / component)  # puts its layers into the model itself
+    else:
+        load(pipe, path)
+    if (family, spelling) == ("sdxl", "kohya"):
+        assert any("input_blocks" in key for key in safetensors.torch.load_file(path))
+    put(dense_weights(read_adapter(path), models(dense)), models(dense))
+    worn = picture(pipe)
+    assert (worn - picture(dense)).abs().max() < 1e-4
+    assert (worn - picture_of_base(family)).abs().max() > 0.1
+
+
+# What diffusers does with kinds and with words in a kohya file, and that it is said
+KOHYA_ONLY: dict[str, tuple[Any, str | None]] = {
+    "whole": (by_hand.whole, REFUSES),
+    "(IA)³": (by_hand.scaling, REFUSES),
+    "GLoRA": (by_hand.generalized, REFUSES),
+    "OFT": (by_hand.turning, REFUSES),
+    "bias": (lambda *args: WithBias(by_hand.low_rank(*args), torch.ones(args[0][0])), REFUSES),
+    "bias alone": (lambda shape, g, i: WithBias(None, torch.ones(shape[0])), REFUSES),
+    "LoRA": (by_hand.low_rank, None),
+}
+
+
+@pytest.mark.parametrize("kind", KOHYA_ONLY)
+def test_what_diffusers_refuses_in_a_kohya_file_is_said(kind: str, tmp_path: Path) -> None:
+    make, outcome = KOHYA_ONLY[kind]
+    pipe, g = small_pipeline("sd1"), torch.Generator().manual_seed(1)
+    paths = (
+        "mid_block.attentions.0.proj_in",
+        "mid_block.resnets.0.conv1",
+        "mid_block.resnets.0.time_emb_proj",
+    )
+    deltas = {f"unet.{p}": make(pipe.unet.get_submodule(p).weight.shape, g, i) for i, p in enumerate(paths)}
+    said = [caution.effects.get("diffusers") for caution in cautions(Adapter(deltas))]
+    assert (REFUSES in said) is (outcome == REFUSES)
+    path = write_adapter(Adapter(deltas, family="sd1"), tmp_path / "x")
+    if outcome == REFUSES:
+        with pytest.raises(ValueError, match="not been correctly renamed"):
+            load(pipe, path)
+    else:
+        load(pipe, path)
+
+
+@pytest.mark.parametrize("axis", ["outputs", "inputs"])
+def test_diffusers_reads_a_kohya_dora_as_a_plain_lora_and_it_is_said(axis: str, tmp_path: Path) -> None:
+    pipe, path = small_pipeline("sd1"), "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    low = LowRank(torch.randn(2, 64), torch.randn(64, 2), 3.0)
+    magnitude = torch.full((64, 1) if axis == "outputs" else (1, 64), 2.0)
+    adapter = Adapter({path: WithMagnitude(low, magnitude)}, family="sd1")
+    assert OTHER in {caution.effects["diffusers"] for caution in cautions(adapter)}
+    plain = dense_weights(Adapter({path: low}), models(pipe))
+    load(pipe, write_adapter(adapter, tmp_path / "x"))
+    assert_wears(models(pipe), plain)
+
+
+def test_diffusers_refuses_a_file_with_words_and_takes_it_without_them(tmp_path: Path) -> None:
+    """It wants "lora" in every key; bundle_emb. has none."""
+    pipe = small_pipeline("sd1")
+    adapter = adapter_for(pipe, "sd1", kinds=("to_q", "fc1"))
+    expected = dense_weights(adapter, models(pipe))
+    words = {"<fox>": {"text_encoder": torch.randn(1, TEXT_WIDTH)}}
+    told = cautions(with_words := replace(adapter, embeddings=words))
+    assert [c.effects["diffusers"] for c in told] == [REFUSES]
+    assert "bundle_emb" in str(told[0])
+    assert cautions(adapter) == ()
+    path = write_adapter(with_words, tmp_path / "x")
+    with pytest.raises(ValueError, match="contain `'lora'`"):
+        load(pipe, path)
+    state = {k: v for k, v in safetensors.torch.load_file(path).items() if not k.startswith("bundle_emb")}
+    pipe.load_lora_weights(state, adapter_name="x")
+    assert_wears(models(pipe), expected)
+
+
+def test_diffusers_asks_for_out_proj_in_a_kohya_text_encoder_and_it_is_said(tmp_path: Path) -> None:
+    pipe = small_pipeline("sd1")
+    for kinds, taken in ((("to_q", "q_proj"), False), (("to_q", "q_proj", "out_proj"), True)):
+        adapter = adapter_for(pipe, "sd1", kinds=kinds)
+        assert [c.effects["diffusers"] for c in cautions(adapter)] == ([] if taken else [REFUSES])
+        path = write_adapter(adapter, tmp_path / "x")
+        if taken:
+            load(small_pipeline("sd1"), path)
+        else:
+            with pytest.raises(ValueError, match="infer state dict type"):
+                load(small_pipeline("sd1"), path)
+
+
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys did not match:RuntimeWarning")
+def test_diffusers_loses_alphas_that_differ_in_a_kohya_file_and_it_is_said(tmp_path: Path) -> None:
+    """It keeps an attention layer's under a name of 2023 and finds it no more; in its own spelling they stay."""
+    path = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn{}.to_q"
+    low = LowRank(torch.randn(2, 32), torch.randn(32, 2), 3.0)
+    mixed: dict[str, Delta] = {
+        path.format(1): low,
+        path.format(2): replace(low, alpha=0.5),
+        "unet.down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q": low,
+    }
+    adapter = Adapter(mixed, family="sd1")
+    assert [str(c) for c in cautions(adapter)] == [
+        "Alphas of the UNet's layers differ: another change is read by diffusers. Write diffusers' spelling for it."
+    ]
+    for spelling, meant in (("kohya", dict.fromkeys(mixed, low)), ("diffusers", mixed)):
+        pipe = small_pipeline("sd1")
+        expected = dense_weights(Adapter(dict(meant)), models(pipe))
+        load(pipe, write_adapter(adapter, tmp_path / "x", spelling=spelling))
+        assert_wears(models(pipe), expected)
 
 
 # ---------------------------------------------------------------- we read what diffusers writes or wrote

@@ -25,6 +25,7 @@ from lora_core.deltas.low_rank import LowRank
 from lora_core.deltas.magnitude import WithMagnitude
 from lora_core.deltas.oft import Rotation
 from lora_core.formats import write_adapter
+from lora_core.formats.cautions import NO_BIAS, OTHER, REFUSES, SKIPS, cautions
 from lora_core.safe_files import read_header
 from tests.lora_core.full_size import FAMILIES, everything
 from tests.lora_core.key_maps_of_others import (
@@ -37,6 +38,7 @@ from tests.lora_core.key_maps_of_others import (
 from tests.lora_core.readers_of_others import (
     READERS,
     Refused,
+    Skipped,
     cayley,
     column_norms,
     comfyui,
@@ -142,34 +144,27 @@ CASES = [
     *((kind, make, *NORM) for kind, make in NORMS.items()),
 ]
 
-# Reader -> kind -> what becomes of it there. "other": another weight than meant; "bias": without the bias.
+# Reader -> kind -> what becomes of it there; what is not named is read as it is meant
 UNLIKE: dict[str, dict[str, str]] = {
     "A1111": {
-        "dora, outputs": "other",
-        "loha, outputs": "other",
-        "lora and bias": "bias",
-        "bias alone": "refused",
-        "norm, bias alone": "refused",
-        "glora": "refused",
-        "ia3, outputs": "refused",  # but for linear layers
+        **dict.fromkeys(("dora, outputs", "loha, outputs"), OTHER),
+        "lora and bias": NO_BIAS,
+        **dict.fromkeys(("bias alone", "norm, bias alone"), REFUSES),
+        "glora": SKIPS,
+        "ia3, outputs": SKIPS,  # of convolutions
     },
     "ComfyUI": {
-        "dora, outputs": "other",
-        "loha, outputs": "other",
-        "ia3, outputs": "refused",
-        "ia3, inputs": "refused",
-        "oft, limited": "other",
-        "oft, rescaled": "other",
-        "oft, turns": "refused",
-        "boft, limited": "other",
+        **dict.fromkeys(("dora, outputs", "loha, outputs"), OTHER),
+        **dict.fromkeys(("oft, limited", "oft, rescaled", "boft, limited"), OTHER),
+        **dict.fromkeys(("ia3, outputs", "ia3, inputs", "oft, turns"), SKIPS),
     },
     "InvokeAI": {
-        "dora, outputs": "other",
-        **dict.fromkeys(("loha, inputs", "loha, outputs", "lokr, inputs"), "refused"),
-        "lora and bias": "bias",
-        **dict.fromkeys(("bias alone", "norm, bias alone", "glora", "boft", "boft, limited"), "refused"),
-        **dict.fromkeys(("oft", "oft, limited", "oft, rescaled", "oft, turns"), "refused"),
-        "ia3, outputs": "refused",
+        "dora, outputs": OTHER,
+        "lora and bias": NO_BIAS,
+        **dict.fromkeys(("loha, inputs", "loha, outputs", "lokr, inputs"), REFUSES),
+        **dict.fromkeys(("bias alone", "norm, bias alone", "glora", "boft", "boft, limited"), REFUSES),
+        **dict.fromkeys(("oft", "oft, limited", "oft, rescaled", "oft, turns"), REFUSES),
+        "ia3, outputs": REFUSES,  # of convolutions
     },
 }
 
@@ -194,18 +189,20 @@ def test_our_kohya_files_are_fused_to_the_same_weights(
     torch.manual_seed(len(kind) + len(shape))
     delta, weight = make(shape), weight_of(shape)
     state, expected = written(delta, path, tmp_path), delta.delta(weight)
+    said = {p: e for caution in cautions(Adapter({path: delta})) for p, e in caution.effects.items()}
     for name, reader in READERS.items():
-        outcome = UNLIKE[name].get(kind, "same")
+        outcome = UNLIKE[name].get(kind)
         if kind == "ia3, outputs" and name != "ComfyUI" and len(shape) == 2:
-            outcome = "same"
-        if outcome == "refused":
-            with pytest.raises(Refused):
+            outcome = None
+        assert said.get(name) == outcome, name
+        if outcome in (REFUSES, SKIPS):
+            with pytest.raises(Refused if outcome == REFUSES else Skipped):
                 reader(state, weight)
             continue
         found = reader(state, weight)
         error = float((found.weight - expected).norm() / expected.norm().clamp_min(1e-9))
-        assert error > 0.01 if outcome == "other" else error < 1e-5, (name, outcome)
-        if isinstance(delta, WithBias) and outcome != "bias":
+        assert error > 0.01 if outcome == OTHER else error < 1e-5, (name, outcome)
+        if isinstance(delta, WithBias) and outcome != NO_BIAS:
             assert found.bias is not None
             torch.testing.assert_close(found.bias, delta.bias)
         else:
