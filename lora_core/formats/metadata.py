@@ -15,7 +15,6 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from pathlib import PurePosixPath, PureWindowsPath
 
 from torch import Tensor
 
@@ -31,12 +30,25 @@ HASHES = ("sshs_model_hash", "sshs_legacy_hash")
 OF_THE_FILE = (*HASHES, "format", "lora_adapter_metadata")
 MODELSPEC = "1.0.1"
 
-_ABSOLUTE = r"(?:file://|[A-Za-z]:[\\/]|\\\\[^\\\s]+\\|~[\\/]|/(?=[^/\s\"']+/))"
-_PATHS = (  # possessive: metadata comes from files too, and must not be able to make these slow
-    re.compile(rf"(?P<before>[\"'])(?P<path>{_ABSOLUTE}[^\"'\n]*+)(?=[\"'])"),  # in JSON, TOML or a list
-    re.compile(rf"(?P<before>\A\s*+)(?P<path>{_ABSOLUTE}[^\n\"']*+)(?=\s*\Z)"),  # the whole value
-    re.compile(rf"(?P<before>(?:^|[\s=(\[{{,;:]))(?P<path>{_ABSOLUTE}[^\s\"',;)\]}}]*)", re.MULTILINE),
+# How a path begins: of a disk, of a share, of somebody's home, or out of the folder one is in
+_BEGINS = (
+    r"(?:file:/+|[A-Za-z]:[\\/]+(?=[^\s\\/\"',])|\\{{2,}}(?=[^\s\\\"'])|~[\w.\-]*[\\/]|(?:\.\.[\\/]+)+"
+    r"|(?<!:)//(?=[^/\s\"']+/)|/(?=[^/\s\"'][^/\n\"'{and_not}]*/))"
 )
+_LONG, _SHORT = _BEGINS.format(and_not=""), _BEGINS.format(and_not=r"\s")  # with spaces in it, or without
+_QUOTED = r"(?:[^{quote}\n\\]++|\\++(?=[^{quote}\n\\]))*+"  # a quote inside quotes has a backslash before it
+_PATHS = (  # possessive: metadata comes from files too, and must not be able to make these slow
+    *(
+        re.compile(rf"(?P<before>{quote})(?P<path>{_LONG}{_QUOTED.format(quote=quote)})(?=\\*{quote})")
+        for quote in ('"', "'")  # in JSON, TOML or a list
+    ),
+    re.compile(rf"(?P<before>\A\s*+)(?P<path>{_LONG}[^\n]*+)(?=\s*\Z)"),  # the whole value
+    re.compile(
+        rf"(?P<before>(?:^|[\s=(\[{{,;:<>|`]))(?<!base64,)(?P<path>{_SHORT}[^\s\"',;)\]}}<>|`]*+)",
+        re.MULTILINE,
+    ),  # among words
+)
+_HOMES = ("home", "users", "documents and settings")
 
 
 def kohya_metadata(adapter: Adapter, *, family: str | None, facts: Mapping[str, str]) -> dict[str, str]:
@@ -55,9 +67,7 @@ def kohya_metadata(adapter: Adapter, *, family: str | None, facts: Mapping[str, 
             own.pop(key, None)
     stated = {**own, **facts}
     merged = {**_defaults(adapter, family, stated), **own, **_of_tensors(adapter), **facts}
-    return {
-        key: without_paths(value) if key != "modelspec.thumbnail" else value for key, value in merged.items()
-    }
+    return {key: without_paths(value) for key, value in merged.items()}
 
 
 def with_hashes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, str]:
@@ -96,8 +106,11 @@ def without_paths(value: str) -> str:
 
 
 def _last_name(path: str) -> str:
-    windows = "\\" in path or re.match(r"[A-Za-z]:", path) is not None
-    return (PureWindowsPath(path) if windows else PurePosixPath(path)).name
+    """Of somebody's home itself no more than that it is one."""
+    names = [name for name in re.split(r"[\\/]+", path.removeprefix("file:")) if name.strip()]
+    if len(names) > 1 and names[-2].casefold() in _HOMES:
+        return "home"
+    return names[-1] if names else ""
 
 
 def _defaults(adapter: Adapter, family: str | None, stated: Mapping[str, str]) -> dict[str, str]:
