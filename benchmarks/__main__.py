@@ -8,6 +8,7 @@ import sys
 BENCHMARKS = {
     "swap": "loading, weighing, fusing and undoing LoRAs, beside diffusers + PEFT",
     "method": "DoRA, combining and attaching, beside PEFT",
+    "files": "opening LoRA files and looking at them, beside the safetensors library",
 }
 
 

@@ -8,19 +8,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_core.adapter import is_finite
 from lora_core.errors import FileRefused, LoraError
 from lora_core.facts import Facts, counted
 from lora_core.families import FAMILIES, Told, family_of_layers
+from lora_core.formats.assembly import is_number
 from lora_core.formats.files import describe_adapter, headers_of, spelling_of
 from lora_core.formats.keys import adapter_path
-from lora_core.formats.metadata import family_of_metadata
+from lora_core.formats.metadata import FAMILY_KEYS, family_of_metadata
 from lora_core.formats.said import THUMBNAIL, commonest_tags, facts_said, trigger_words
+from lora_core.memo import Memo, Same
 from lora_core.plain_text import plain
-from lora_core.safe_files import Hashes, Header, hashes_of, read_tensors
-from lora_core.safe_header import DTYPES
+from lora_core.safe_files import Hashes, Header, hashes_of, read_raw, read_tensors
+from lora_core.safe_header import DTYPES, TensorInfo
+from lora_core.tensor_listing import LISTINGS
 
 _BASE = "model.diffusion_model."  # of checkpoints in one file; a UNet alone has its layers' names and no more
 NOTHING_TELLS = Told()
@@ -131,15 +134,19 @@ def look(path: Path | str, *, hashes: bool = False) -> Look:
     metadata = {key: text for header in headers for key, text in header.metadata.items()}
     found = Look(path, _size(h.path for h in headers), metadata=metadata, headers=tuple(headers))
     try:
-        adapter = describe_adapter(path, headers)
-        facts = replace(Facts.of(adapter), dtypes=_dtypes(headers))
-        found = replace(found, facts=facts, spelling=spelling_of(headers), unused=adapter.unused)
+        found = replace(found, **_made_of(path, headers)._asdict())
     except LoraError as problem:
         found = replace(found, problem=str(problem), base=_family_of_base(headers))
     try:
         return _read_through(found) if hashes else found
     except FileRefused as problem:  # it was there a moment ago
         return replace(found, problem=str(problem), facts=None)
+
+
+def forget() -> None:
+    """What was made of files so far: the next look at each is a first one. For measuring."""
+    for memo in (LISTINGS, _LAYOUTS, _MADE):
+        memo.clear()
 
 
 def duplicates(looks: Iterable[Look]) -> list[tuple[Look, ...]]:
@@ -158,6 +165,56 @@ def duplicates(looks: Iterable[Look]) -> list[tuple[Look, ...]]:
             digest = (found.hashes or hashes_of(found.headers)).tensors
             groups.setdefault((likeness, digest), []).append(found)
     return [tuple(group) for group in groups.values() if len(group) > 1]
+
+
+class _Made(NamedTuple):
+    """What is made of the headers of a LoRA, in a Look's names."""
+
+    facts: Facts
+    unused: tuple[str, ...]
+    spelling: str
+
+
+class _Layout(NamedTuple):
+    """What the keys of a file alone say: its spelling, and which tensors are settings."""
+
+    spelling: str
+    numbers: tuple[TensorInfo, ...]
+
+    @classmethod
+    def of(cls, header: Header) -> _Layout:
+        numbers = (info for name, info in header.tensors.items() if is_number(name, info))
+        return cls(spelling_of([header]), tuple(numbers))
+
+
+# A trainer's files of one rank differ in metadata and contents alone. What was made of one is kept for the next, which
+# is then looked at in a tenth of the time.
+_LAYOUTS: Memo[_Layout] = Memo(64)
+_MADE: Memo[_Made] = Memo(64)
+_WHOLE = (
+    "kohya",
+    "diffusers",
+    "cloneofsimo",
+)  # spellings whose files need neither their name nor a file beside them
+_ASIDE = ("ss_", "sshs_", "modelspec.", "loom.")  # metadata for people
+
+
+def _made_of(path: Path, headers: Sequence[Header]) -> _Made:
+    """Raises what `describe_adapter` raises."""
+    header = headers[0]
+    layout = _LAYOUTS.get(Same(header.tensors), lambda: _Layout.of(header))
+    if len(headers) > 1 or layout.spelling not in _WHOLE:
+        return _described(path, headers)
+    rest = {k: v for k, v in header.metadata.items() if k in FAMILY_KEYS or not k.startswith(_ASIDE)}
+    bare = replace(header, metadata=rest)  # nothing is made of what is not in the key
+    key = (Same(header.tensors), read_raw(header, layout.numbers), tuple(sorted(rest.items())))
+    return _MADE.get(key, lambda: _described(path, [bare]))
+
+
+def _described(path: Path, headers: Sequence[Header]) -> _Made:
+    adapter = describe_adapter(path, headers)
+    facts = replace(Facts.of(adapter), dtypes=_dtypes(headers))
+    return _Made(facts, adapter.unused, spelling_of(headers))
 
 
 def _read_through(found: Look) -> Look:

@@ -29,6 +29,7 @@ __all__ = [
     "TensorInfo",
     "hashes_of",
     "read_header",
+    "read_raw",
     "read_tensors",
     "save_tensors",
     "serialized",
@@ -55,6 +56,13 @@ def read_tensors(source: Header | Path | str, names: Iterable[str] | None = None
             typed = data != 0 if info.dtype == "BOOL" else data.view(DTYPES[info.dtype])
             tensors[name] = typed.reshape(info.shape)
     return {name: tensors[name] for name in wanted}
+
+
+def read_raw(header: Header, infos: Iterable[TensorInfo]) -> bytes:
+    """The bytes of these tensors, one after the other; meant for small ones."""
+    with opened(header.path) as file:
+        spans = ((header.data_start + info.start, info.end - info.start) for info in infos)
+        return b"".join([read_bytes(file, start, count, header.path) for start, count in spans])
 
 
 def tensors_sha256(source: Header | Path | str) -> str:

@@ -91,9 +91,15 @@ def opened(path: Path) -> Iterator[FileIO]:
 
 def read_bytes(file: FileIO, position: int, count: int, path: Path) -> bytes:
     """Exactly `count` bytes from `position`, or FileRefused."""
-    block = bytearray(count)
-    read_into(file, position, memoryview(block), path)
-    return bytes(block)
+    try:
+        file.seek(position)
+        if len(block := file.read(count) or b"") == count:
+            return block
+    except OSError as problem:
+        raise _unreadable(path, problem) from problem
+    whole = bytearray(count)
+    read_into(file, position, memoryview(whole), path)
+    return bytes(whole)
 
 
 def read_into(file: FileIO, position: int, target: memoryview, path: Path) -> None:
@@ -109,7 +115,11 @@ def read_into(file: FileIO, position: int, target: memoryview, path: Path) -> No
                 )
             done += got
     except OSError as problem:
-        raise FileRefused(f"{path.name} cannot be read ({problem.strerror}). {AGAIN}") from problem
+        raise _unreadable(path, problem) from problem
+
+
+def _unreadable(path: Path, problem: OSError) -> FileRefused:
+    return FileRefused(f"{path.name} cannot be read ({problem.strerror}). {AGAIN}")
 
 
 def _refuse_other_kinds(start: bytes, size: int, path: Path) -> None:

@@ -74,7 +74,7 @@ def tensors_and_metadata(raw: bytes, path: Path) -> tuple[Listing, dict[str, str
         _refuse_bomb(raw, path)
     first, text = _split(raw, path)
     make = partial(_listed, text, path)
-    listing = _LISTINGS.get(text, make) if len(text) <= SMALL else make()
+    listing = LISTINGS.get(text, make) if len(text) <= SMALL else make()
     stated = [metadata for metadata in (first, listing.metadata) if metadata is not _UNSAID]
     if len(stated) > 1:
         raise FileRefused(_damaged(path, "a name occurs twice"))
@@ -82,7 +82,7 @@ def tensors_and_metadata(raw: bytes, path: Path) -> tuple[Listing, dict[str, str
 
 
 # A trainer's files of one rank differ in metadata and contents alone: a folder of a thousand has a few listings.
-_LISTINGS: Memo[Listing] = Memo(16)
+LISTINGS: Memo[Listing] = Memo(16)
 _SPACE = r"[ \t\n\r]*"
 _FIRST = re.compile(rf'{_SPACE}{{{_SPACE}"__metadata__"{_SPACE}:{_SPACE}')
 _MORE = re.compile(rf'{_SPACE}(?:,{_SPACE}(?=")|(?=}}))')

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import method, swap
-from benchmarks.measure import Row, figure, interleaved, operations, table
+from benchmarks import files, method, swap
+from benchmarks.measure import Row, fastest, figure, interleaved, operations, table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -57,6 +57,15 @@ def test_every_row_of_the_method_is_in_the_table(capsys: pytest.CaptureFixture[s
     assert all(f"\n| {row.name} | {row.what} |" in printed for row in rows)
 
 
+def test_every_row_of_the_files_is_in_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = files.main(["--size", "tiny", "--repeats", "1"])
+    assert [row.name for row in rows] == ["open", "look", "look", "look first"]
+    assert all(row.ours and row.peer and math.isfinite(row.ours) for row in rows)
+    printed = capsys.readouterr().out
+    assert all(f"\n| {row.name} | {row.what} |" in printed for row in rows)
+    assert "| the library |" in printed
+
+
 def test_an_unknown_row_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         swap.main(["--only", "nothing"])
@@ -75,6 +84,8 @@ def test_measuring() -> None:
     times = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
     assert calls == ["a", "b", "a", "b", "b", "a"]  # a warm-up, then rounds in turning order
     assert {name: len(found) for name, found in times.items()} == {"a": 2, "b": 2}
+    least = fastest({"a": lambda: sum(range(200_000)), "b": lambda: None}, 2)
+    assert least["a"] > least["b"] >= 0
     counted = operations(lambda: torch.ones(2, 3).t() + 1)
     assert (counted.all, counted.kernels) == (3, 2)  # t is a view
     assert Row("x", "y", 1.0, 0.0).ratio is None

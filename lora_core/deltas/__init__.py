@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -57,3 +57,14 @@ class Factored(Delta, Protocol):
 
     @property
     def alpha(self) -> float: ...
+
+
+def factored(delta: Delta) -> Factored | None:
+    """`delta`, if it is one. Asked of each class once: a Protocol with properties takes long to answer."""
+    kind = type(delta)
+    if kind not in _FACTORED:
+        _FACTORED[kind] = isinstance(delta, Factored)
+    return cast(Factored, delta) if _FACTORED[kind] else None
+
+
+_FACTORED: dict[type, bool] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from lora_core import algebra
 from lora_core.adapter import Adapter, is_finite
-from lora_core.deltas import Delta, Factored
+from lora_core.deltas import Delta, factored
 from lora_core.deltas.bias import WithBias
 from lora_core.deltas.low_rank import LowRank
 from lora_core.deltas.magnitude import WithMagnitude
@@ -22,7 +23,7 @@ from lora_core.formats import foreign
 from lora_core.formats.kinds import kind_of_delta, kind_of_roles
 from lora_core.formats.layer import Kind, Layer
 from lora_core.safe_files import Header, read_tensors
-from lora_core.safe_header import DTYPES
+from lora_core.safe_header import DTYPES, TensorInfo
 
 
 class Part(NamedTuple):
@@ -131,11 +132,18 @@ def outlines(header: Header, names: Iterable[str]) -> dict[str, Tensor]:
     A file is then checked by the very code that reads it. Single numbers are read: an alpha is what people look for,
     and which side an (IA)³ scales decides what it fits."""
     infos = {name: header.tensors[name] for name in names}
-    numbers = [n for n, info in infos.items() if n.endswith(NUMBERS) and math.prod(info.shape) == 1]
-    empty = {
-        name: torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta") for name, info in infos.items()
-    }
-    return empty | read_tensors(header, numbers)
+    empty = {name: _outline(info.dtype, info.shape) for name, info in infos.items()}
+    return empty | read_tensors(header, [name for name, info in infos.items() if is_number(name, info)])
+
+
+def is_number(name: str, info: TensorInfo) -> bool:
+    """Whether the tensor is a setting of its layer, whose value counts where all others' shapes do."""
+    return name.endswith(NUMBERS) and math.prod(info.shape) == 1
+
+
+@lru_cache(maxsize=1024)  # a model has a dozen shapes, and a tensor without contents can stand for several
+def _outline(dtype: str, shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=DTYPES[dtype], device="meta")
 
 
 def _delta(kind: Kind | None, layer: Layer, magnitude_is_output: bool) -> Delta:
@@ -278,5 +286,5 @@ def _as_magnitude_has_it(shape: tuple[int, ...], magnitude: Tensor) -> tuple[int
 def ranks_and_alphas(deltas: Mapping[str, Delta]) -> tuple[dict[str, int], dict[str, float]]:
     """Per path, for descriptions of an adapter."""
     inner = {path: unwrapped(delta).change for path, delta in deltas.items()}
-    known = {path: delta for path, delta in inner.items() if isinstance(delta, Factored)}
+    known = {path: found for path, delta in inner.items() if delta and (found := factored(delta))}
     return {p: d.rank for p, d in known.items()}, {p: float(d.alpha) for p, d in known.items()}

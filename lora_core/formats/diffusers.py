@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ def layer_name(name: str) -> str:
     return f"{name}.0" if name.endswith(".to_out") else name
 
 
+@lru_cache(maxsize=2**14)  # of a thousand files most have the same keys
 def role_of(key: str) -> tuple[str, str] | None:
     """A key -> (name of the layer, role)."""
     found = _KEY.fullmatch(key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from functools import lru_cache
 
 from lora_core.errors import FileRefused
 from lora_core.safe_files import Header
@@ -81,8 +82,15 @@ def describe(key: str) -> str:
     return f"{key} ({kind[0]}: not supported by this version)"
 
 
+@lru_cache(maxsize=2**14)  # of a thousand files most have the same keys
+def _of_another_family(key: str) -> bool:
+    return any(pattern.search(key) for pattern, _ in _FAMILIES)
+
+
 def refuse_other_family(header: Header) -> None:
     """Raise FileRefused if the file is an adapter of a model other than Stable Diffusion 1, 2 or XL."""
+    if not any(map(_of_another_family, header.tensors)):
+        return
     for pattern, name in _FAMILIES:
         for key in header.tensors:
             if pattern.search(key):

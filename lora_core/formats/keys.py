@@ -13,6 +13,7 @@ whether a layer exists is the live model's to say (adapter.resolve).
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from lora_core.formats import sgm_names
 
@@ -94,6 +95,7 @@ _TEMPLATES["text_encoder_2"] = _TEMPLATES["text_encoder"]
 _DOTTED = {component: frozenset(shapes.values()) for component, shapes in _TEMPLATES.items()}
 
 
+@lru_cache(maxsize=2**14)  # of a thousand files most have the same keys
 def adapter_path(component: str, name: str) -> str | None:
     """A layer's name inside its component, flattened or dotted, in diffusers' or sgm's names -> its adapter
     path; None if no Stable Diffusion model has such a layer.

@@ -20,6 +20,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 from torch import Tensor
@@ -85,6 +86,7 @@ class Kohya:
         return path
 
 
+@lru_cache(maxsize=2**14)  # of a thousand files most have the same keys
 def _spell(key: str) -> Part | None:
     name, _, rest = key.partition(".")
     role = ROLES.get(rest)

@@ -28,6 +28,7 @@ from lora_core.safe_files import serialized
 HASHES = ("sshs_model_hash", "sshs_legacy_hash")
 # Facts of a file's spelling, not of the LoRA: they do not survive a change of spelling.
 OF_THE_FILE = (*HASHES, "format", "lora_adapter_metadata")
+FAMILY_KEYS = ("ss_base_model_version", "modelspec.architecture")
 MODELSPEC = "1.0.1"
 
 # How a path begins: of a disk, of a share, of somebody's home, or out of the folder one is in
@@ -83,7 +84,7 @@ def with_hashes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[st
 
 def family_of_metadata(metadata: Mapping[str, str]) -> Told:
     """What a file claims to be for. Such claims are often wrong: shapes go first."""
-    version, architecture = (metadata.get(k, "") for k in ("ss_base_model_version", "modelspec.architecture"))
+    version, architecture = (metadata.get(key, "") for key in FAMILY_KEYS)
     for family in FAMILIES.values():
         if version in family.base_versions:
             return Told(family.key, f"its metadata (ss_base_model_version = {version})")

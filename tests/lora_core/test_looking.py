@@ -14,10 +14,12 @@ import torch
 from lora_core.adapter import Adapter
 from lora_core.deltas.bias import WithBias
 from lora_core.deltas.full import Full
+from lora_core.deltas.low_rank import LowRank
 from lora_core.facts import Facts
 from lora_core.formats import read_adapter, write_adapter
-from lora_core.formats.said import commonest_tags, trigger_words
+from lora_core.formats.said import commonest_tags, facts_said, trigger_words
 from lora_core.looking import duplicates, look
+from lora_core.safe_files import save_tensors
 from tests.lora_core.adapters_on_disk import PAIR, Q, adapter, saved
 
 SAID = {
@@ -205,3 +207,37 @@ def test_duplicates_are_found_whatever_their_names_and_metadata(tmp_path: Path) 
 def test_damaged_tags_are_no_triggers(text: str) -> None:
     assert trigger_words({"ss_tag_frequency": text}) == ()
     assert commonest_tags({"ss_tag_frequency": text}) == {}
+
+
+def test_files_of_one_layout_keep_their_own_facts(tmp_path: Path) -> None:
+    """What was made of one file is kept for the next of its layout; all that decides is looked at anew."""
+    q = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    for i, (alpha, claim) in enumerate(
+        [(1.0, "sd_v1"), (1.0, "sdxl_base_v1-0"), (2.0, "sd_v1"), (1.0, "sd_v1")] * 2
+    ):
+        low = LowRank(torch.randn(4, 768), torch.randn(768, 4), alpha)
+        said = {"ss_base_model_version": claim, "ss_output_name": f"number {i}"}
+        path = write_adapter(Adapter({q: low}), tmp_path / f"{i}", metadata=said)
+        found, read = look(path), Facts.of(read_adapter(path))
+        assert found.facts is not None
+        assert found.facts.alphas == read.alphas == {alpha: 1}
+        assert found.family == (read.family, read.told_by)
+        assert claim in found.family.by
+        assert facts_said(found.metadata)["title"] == f"number {i}"
+
+
+def test_a_file_beside_or_a_name_that_counts_is_looked_at_anew(tmp_path: Path) -> None:
+    folder = write_adapter(adapter(), tmp_path / "x", spelling="peft")
+    before = look(folder).facts
+    config = folder / "unet" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 77, "alpha_pattern": {}}))
+    after = look(folder).facts
+    assert before is not None
+    assert after is not None
+    assert 77.0 in after.alphas
+    assert 77.0 not in before.alphas
+    for name in ("fox", "cat"):
+        save_tensors(tmp_path / f"{name}.safetensors", {"emb_params": torch.ones(2, 768)})
+        found = look(tmp_path / f"{name}.safetensors")
+        assert found.facts is not None
+        assert found.facts.words == {name: 2}
