@@ -63,6 +63,11 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--resume", type=Path, metavar="RUN", help="go on with the run in this folder, exactly where it was"
     )
+    train.add_argument(
+        "--json",
+        action="store_true",
+        help="progress as one JSON event per line on stdout, as in events.jsonl",
+    )
     make = p.add_argument_group("pictures (each overrides the recipe)")
     make.add_argument(
         "--base", help='base model: "demo" (the default), a folder, a .safetensors file or a hub id'
@@ -173,10 +178,10 @@ def train(args: argparse.Namespace) -> int:
     except LoraError as problem:
         return _say(str(problem), USAGE)
     from trainers.dreambooth import train as run
-    from trainers.events import Console
+    from trainers.events import Console, json_lines
 
     try:
-        run(config, resume=args.resume, listeners=[Console()])
+        run(config, resume=args.resume, listeners=[json_lines if args.json else Console()])
     except Stopped:
         return INTERRUPTED  # the console has said where it was saved and how to go on
     except RunBusy as problem:

@@ -13,6 +13,7 @@ import torch
 from app.jobs import JobView
 from app.session import Session
 from app.training import TrainView
+from trainers.story import duration
 
 TIGHT_DISK_BYTES = 5e9  # a full-size checkpoint or a night's training states fill that
 
@@ -83,14 +84,6 @@ def message_html(job: JobView) -> str:
         if job.message
         else ""
     )
-
-
-def duration(seconds: float) -> str:
-    """45 s, 12 min, 3 h 20 min"""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def training_card(view: TrainView | None) -> str:

@@ -16,11 +16,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from app.story import ALIVE, Story, TrainView
 from lora_core.errors import LoraError
 from trainers import presets
 from trainers.control import Commands
 from trainers.run_folder import RunFolder
+from trainers.story import ALIVE, Story, TrainView
 
 __all__ = ["TrainView", "Training"]
 

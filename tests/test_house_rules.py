@@ -40,6 +40,7 @@ TRAINERS_FOR_APP = {
     "captions",
     "control",
     "run_folder",
+    "story",
 }
 LONG: dict[str, str] = {  # beyond 300 lines, with the reason
     "trainers/config.py": "every setting of a preset with its docstring: one list, read as one",

@@ -305,7 +305,7 @@ class PreviewSettings(Table):
 
 
 class ReportSettings(Table):
-    """The sheet of before and after, and its figures. Without prompts there is none."""
+    """report.html, and in it the sheet of before and after with its figures: without prompts there is no sheet."""
 
     table: ClassVar[str] = "report"
 
@@ -321,6 +321,8 @@ class ReportSettings(Table):
     """Denoising steps."""
     guidance: Annotated[float, Field(ge=0)] = 7.5
     """Classifier-free guidance."""
+    tensorboard: bool = False
+    """Write the curves and previews for TensorBoard too, into the run's folder; needs the extra "tensorboard"."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -36,9 +36,12 @@ from trainers.conditioning import added_conditions
 from trainers.config import TrainConfig
 from trainers.control import Orders, StopRequest, listening, signals_ask
 from trainers.finish import write_lora, write_report
+from trainers.report_page import ReportPage
 from trainers.room import make_room, out_of_memory
 from trainers.run_folder import RunFolder
 from trainers.saving import save, save_or_say, saved_for, take_up
+from trainers.tensorboard import TensorBoard, check_installed
+from trainers.versions import versions
 from trainers.watch import Watch
 
 POLL_S = 0.1  # while paused
@@ -52,12 +55,17 @@ def train(
     listeners: Sequence[events.Emit] = (),
 ) -> Path:
     """-> the finished LoRA file. Raises Stopped when asked to stop (saved), LoraError when something is wrong."""
+    if config.report.tensorboard:
+        check_installed()
     folder = RunFolder.reopen(resume)[0] if resume else RunFolder.create(config)
     stop = stop or StopRequest()
     with folder.lock():
         log = events.EventLog(folder.events, *listeners)
+        if config.report.tensorboard:
+            log.listeners.append(TensorBoard(folder.tensorboard))
+        log.listeners.append(ReportPage(folder, config, log))
         try:
-            log(events.TakenUp(pid=os.getpid()))
+            log(events.TakenUp(pid=os.getpid(), versions=versions()))
             with signals_ask(stop), listening(folder.control, stop) as orders:
                 return run(config, folder, orders, log, resuming=resume is not None)
         except Stopped:
@@ -250,3 +258,9 @@ def report_or_say(bench: Bench, lora: Path, stop: StopRequest) -> None:
     except Stopped:
         bench.emit(events.Note(text="Stopped while the report was made. The LoRA is finished."))
         raise
+    except (LoraError, torch.OutOfMemoryError) as problem:
+        bench.emit(
+            events.Note(
+                text=f"Before and after could not be shown; the LoRA is finished and whole. {problem}"
+            )
+        )

@@ -42,6 +42,7 @@ class TakenUp(TrainEvent):
 
     quiet: ClassVar[bool] = True
     pid: int
+    versions: dict[str, str]  # of Python, torch and what else decides the result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +165,7 @@ class EventLog:
     """Appends each event to a file at once and hands it to the listeners, in order."""
 
     def __init__(self, path: Path, *listeners: Emit) -> None:
-        self.path, self.listeners = path, listeners
+        self.path, self.listeners = path, list(listeners)
         self._broken = False
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
@@ -182,6 +183,11 @@ class EventLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def json_lines(event: TrainEvent) -> None:
+    """Each event as one line on stdout, as in events.jsonl: for programs that watch a training."""
+    print(event.line(), flush=True)
 
 
 class Console:

@@ -6,7 +6,6 @@ import json
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,6 +20,7 @@ from trainers.config import TrainConfig
 from trainers.control import StopRequest
 from trainers.dataset import Dataset
 from trainers.events import Emit, Note, Reported
+from trainers.report_page import without_folders
 from trainers.run_folder import RunFolder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -115,20 +115,6 @@ def facts(config: TrainConfig, opened: OpenedBase, *, step: int, dataset: Datase
     if opened.quantised is not None:
         words["loom.quantized_base"] = opened.quantised.kind
     return {**{k: str(v) for k, v in words.items()}, "loom.preset": presets.dump(without_folders(config))}
-
-
-def without_folders(config: TrainConfig) -> TrainConfig:
-    """The preset with every path cut to its last part."""
-
-    def cut(table: Any) -> Any:
-        names = {k: Path(v.name) for k, v in table if isinstance(v, Path)}
-        names |= {k: cut(v) for k, v in table if hasattr(v, "model_copy")}
-        return table.model_copy(update=names)
-
-    shorter: TrainConfig = cut(config)
-    base = shorter.base
-    is_path = Path(base).exists() or "\\" in base or base.count("/") > 1
-    return shorter.model_copy(update={"base": Path(base).name}) if is_path and base != "demo" else shorter
 
 
 def write_report(

@@ -1,6 +1,6 @@
 """Where a run lives. One folder each; a name that is taken gets a number, so that no run writes over another.
 
-runs/fox/            preset.toml  events.jsonl  fox.safetensors  report.json  sheet.png
+runs/fox/            preset.toml  events.jsonl  fox.safetensors  report.html  report.json  sheet.png
     checkpoints/     step-000200.safetensors (to resume from), fox-000200.safetensors (the LoRA at that step)
     previews/  cache/  log.txt (what a run started by the app has said)
     control/         while a process is at work: what it is told (trainers.control)
@@ -40,6 +40,14 @@ class RunFolder:
     @property
     def log(self) -> Path:
         return self.root / "log.txt"
+
+    @property
+    def page(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
 
     @property
     def checkpoints(self) -> Path:

@@ -1,4 +1,4 @@
-"""The story of a training run: its events.jsonl read as it grows, and what the page shows of it."""
+"""The story of a training run: its events.jsonl read as it grows, for the page and for the report."""
 
 from __future__ import annotations
 
@@ -61,6 +61,10 @@ class Story:
     step: int = 0
     eta_s: float = 0.0
     losses: list[tuple[int, float, float]] = field(default_factory=list)
+    rates: list[tuple[int, float]] = field(default_factory=list)
+    started: dict[str, Any] = field(default_factory=dict)  # the facts of the last Started
+    versions: dict[str, str] = field(default_factory=dict)  # of the last process
+    seconds: float = 0.0  # between the first and the last word of each process, added up
     previews: list[tuple[int, str, Path]] = field(default_factory=list)
     saved: dict[int, Path] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -68,6 +72,7 @@ class Story:
     sheet: Path | None = None
     figures: dict[str, Any] = field(default_factory=dict)
     error: str = ""
+    last_said: float = 0.0  # seconds since 1970
     offset: int = 0  # bytes read
 
     def read_on(self) -> None:
@@ -90,15 +95,22 @@ class Story:
         yield from whole.splitlines()
 
     def _take(self, event: dict[str, Any]) -> None:
+        said = event.get("time", self.last_said)
+        if event["event"] != "TakenUp" and self.last_said:
+            self.seconds += max(0.0, said - self.last_said)
+        self.last_said = said
         match event["event"]:
             case "TakenUp":
                 self.take_up()
+                self.versions = event.get("versions", {})
             case "Started":
                 self._begin_at(event["first_step"])
+                self.started = event
                 self.state, self.steps = "running", event["steps"]
             case "Step":
                 self.step, self.steps, self.eta_s = event["step"], event["steps"], event["eta_s"]
                 self._add_loss(event["step"], event["loss"])
+                self.rates.append((event["step"], event["learning_rate"]))
             case "Paused":
                 self.state = "paused"
             case "Continued":
@@ -127,6 +139,7 @@ class Story:
         """A killed run goes on from its last save: what it had said of later steps is done, and said, again."""
         self.step, self.lora, self.sheet, self.figures = first_step - 1, None, None, {}
         self.losses = [point for point in self.losses if point[0] < first_step]
+        self.rates = [point for point in self.rates if point[0] < first_step]
         self.previews = [shown for shown in self.previews if shown[0] < first_step]
         self.saved = {step: lora for step, lora in self.saved.items() if step < first_step}
 
@@ -184,3 +197,11 @@ class Story:
             error=self.error,
             resume=self.folder.resume_command if goes_on else "",
         )
+
+
+def duration(seconds: float) -> str:
+    """45 s, 12 min, 3 h 20 min"""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
