@@ -173,4 +173,6 @@ def _of_tensors(adapter: Adapter) -> dict[str, str]:
 
 
 def _common(values: list[int] | list[float]) -> str:
-    return str(values[0]) if len(set(values)) == 1 else "Dynamic"
+    """Alphas to the digits that a file holds them in: 0.1 and not 0.10000000149011612 once it was read."""
+    short = {value if isinstance(value, int) else float(f"{value:.7g}") for value in values}
+    return str(short.pop()) if len(short) == 1 else "Dynamic"
