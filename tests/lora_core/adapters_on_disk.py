@@ -83,6 +83,7 @@ LYCORIS_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "loha": ("loha", {}),
     "loha tucker": ("loha", {"use_tucker": True}),
     "loha rs": ("loha", {"rs_lora": True}),
+    "loha scalar": ("loha", {"use_scalar": True}),
     "lokr w2 split": ("lokr", {"lora_dim": 2, "factor": 4}),
     "lokr tucker": ("lokr", {"lora_dim": 2, "factor": 4, "use_tucker": True}),
     "lokr both split": ("lokr", {"lora_dim": 1, "factor": 4, "decompose_both": True}),
@@ -91,6 +92,8 @@ LYCORIS_CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"lora_dim": 1, "factor": 4, "decompose_both": True, "use_tucker": True},
     ),
     "lokr w1 split": ("lokr", {"lora_dim": 3, "decompose_both": True, "unbalanced_factorization": True}),
+    "lokr rs": ("lokr", {"lora_dim": 2, "factor": 4, "rs_lora": True}),
+    "lokr scalar": ("lokr", {"lora_dim": 2, "factor": 4, "use_scalar": True}),
     "lokr whole": ("lokr", {"full_matrix": True, "factor": 4}),
 }
 

@@ -23,6 +23,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ia3 outputs": ("ia3", "IA3Module", {}),
     "ia3 inputs": ("ia3", "IA3Module", {"train_on_input": True}),
     "glora": ("glora", "GLoRAModule", {"lora_dim": 3, "alpha": 2.5}),
+    "glora scalar": ("glora", "GLoRAModule", {"lora_dim": 3, "alpha": 2.5, "use_scalar": True}),
     "oft": ("diag_oft", "DiagOFTModule", {"lora_dim": 4}),
     "oft limited": ("diag_oft", "DiagOFTModule", {"lora_dim": 4, "constraint": 0.02}),
     "oft rescaled": ("diag_oft", "DiagOFTModule", {"lora_dim": 8, "rescaled": True}),

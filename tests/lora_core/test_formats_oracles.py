@@ -27,6 +27,7 @@ from lora_core.deltas.magnitude import WithMagnitude
 from lora_core.formats import read_adapter, write_adapter
 from lora_core.formats.cautions import OTHER, REFUSES, cautions
 from tests.lora_core import kinds_by_hand as by_hand
+from tests.lora_core.adapters_on_disk import LYCORIS_LAYERS, layer_of, saved
 from tests.small_models import FAMILIES, TEXT_WIDTH, small_pipeline
 
 # PEFT asks transformers for an attribute that has a new name
@@ -434,26 +435,38 @@ def test_injected_form_accepts_our_tensors(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- LyCORIS
 
 
-@pytest.mark.parametrize(
-    ("tucker", "dora", "on_out"), [(True, False, True), (False, True, True), (False, True, False)]
-)
-def test_locon_of_lycoris_is_read(tucker: bool, dora: bool, on_out: bool, tmp_path: Path) -> None:
+LOCON: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "tucker": {"use_tucker": True},
+    "rs": {"rs_lora": True},
+    "scalar": {"use_scalar": True},
+    "dora, outputs": {"weight_decompose": True, "wd_on_out": True},
+    "dora, inputs": {"weight_decompose": True, "wd_on_out": False},
+    "dora, inputs, tucker": {"weight_decompose": True, "wd_on_out": False, "use_tucker": True},
+}
+
+
+@pytest.mark.parametrize("which", LYCORIS_LAYERS)
+@pytest.mark.parametrize("case", LOCON)
+def test_locon_of_lycoris_is_what_it_computes(case: str, which: str, tmp_path: Path) -> None:
     for needed in ("einops", "toml"):  # half an import of LyCORIS would succeed at the second try
         pytest.importorskip(needed, reason=f"LyCORIS cannot be imported without {needed}")
     locon = pytest.importorskip("lycoris.modules.locon")
     torch.manual_seed(0)
-    layer = nn.Conv2d(6, 10, 3, padding=1)
-    name = "lora_unet_mid_block_resnets_0_conv1"
-    module = locon.LoConModule(
-        name, layer, lora_dim=4, alpha=3, use_tucker=tucker, weight_decompose=dora, wd_on_output=on_out
-    )
+    layer, (name, path) = layer_of(which), LYCORIS_LAYERS[which]
+    module = locon.LoConModule(name, layer, lora_dim=4, alpha=3, **LOCON[case])
     with torch.no_grad():
         for parameter in module.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
-    state = {f"{name}.{key}": value.detach().contiguous() for key, value in module.state_dict().items()}
-    safetensors.torch.save_file(state, tmp_path / "x.safetensors")
-    read = read_adapter(tmp_path / "x.safetensors")
+    state = {f"{name}.{k}": v.detach().clone().contiguous() for k, v in module.custom_state_dict().items()}
+    assert (f"{name}.lora_mid.weight" in state) is ("tucker" in case and which == "conv")
+    if "dora" in case:
+        assert state[f"{name}.dora_scale"].shape[:2] == ((40, 1) if "outputs" in case else (1, 24))
+    read = read_adapter(saved(state, tmp_path))
     assert read.unused == ()
-    merged = module.get_merged_weight(multiplier=1)[0].detach()
-    ours = layer.weight + read.deltas["unet.mid_block.resnets.0.conv1"].delta(layer.weight.detach())
-    torch.testing.assert_close(ours.detach(), merged, atol=1e-5, rtol=1e-4)
+    x = torch.randn(3, 24) if which == "linear" else torch.randn(2, 24, 5, 6)
+    expected, plain = module(x).detach(), layer(x).detach()
+    with torch.no_grad():
+        layer.weight += read.deltas[path].delta(layer.weight)
+    torch.testing.assert_close(layer(x).detach(), expected, atol=2e-5, rtol=1e-4)
+    assert (expected - plain).abs().max() > 0.05
