@@ -18,6 +18,8 @@ examples:
   python launch.py --train presets/demo.toml
   python launch.py --train presets/sd15_subject.toml --set data.images=photos --set train.steps=1200
   python launch.py --train --resume runs/fox
+  python launch.py --tell runs/fox pause
+  python launch.py --tell runs/fox steps=1200 sample="a fox on the moon@0.8"
   python launch.py --generate --prompt "a zxq animal on a blue background" --lora runs/demo/demo.safetensors:0.8
   python launch.py --generate --prompt "..." --lora cat.safetensors --weights 0 0.5 1      one picture per weight
   python launch.py --generate --prompt "..." --lora cat.safetensors --lora ink.safetensors --sheet loras
@@ -67,6 +69,13 @@ def parser() -> argparse.ArgumentParser:
         "--json",
         action="store_true",
         help="progress as one JSON event per line on stdout, as in events.jsonl",
+    )
+    what.add_argument(
+        "--tell",
+        nargs="+",
+        metavar="RUN ORDER",
+        help='tell the training in the folder RUN to pause, continue, save or stop, or steps=1200, or sample="a cat", '
+        'or sample="a cat@0.8" for the LoRA at that weight',
     )
     make = p.add_argument_group("pictures (each overrides the recipe)")
     make.add_argument(
@@ -122,15 +131,17 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    chosen = [args.train is not None, args.generate is not None, args.list_presets]
+    chosen = [args.train is not None, args.generate is not None, args.list_presets, bool(args.tell)]
     if sum(chosen) > 1:
-        return _say("Choose one of --train, --generate and --list-presets.", USAGE)
+        return _say("Choose one of --train, --tell, --generate and --list-presets.", USAGE)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault(
         "TRANSFORMERS_VERBOSITY", "error"
     )  # else it asks for torchvision, which nothing needs
     if args.list_presets:
         return list_presets()
+    if args.tell:
+        return tell(args)
     if args.train is not None:
         return train(args)
     if args.generate is not None:
@@ -186,6 +197,20 @@ def train(args: argparse.Namespace) -> int:
         return INTERRUPTED  # the console has said where it was saved and how to go on
     except RunBusy as problem:
         return _say(str(problem), BUSY)
+    except ConfigError as problem:
+        return _say(str(problem), USAGE)
+    except LoraError as problem:
+        return _say(str(problem), FAILED)
+    return DONE
+
+
+def tell(args: argparse.Namespace) -> int:
+    from lora_core.errors import ConfigError, LoraError
+    from trainers.tell import tell as pass_on
+
+    run, *words = args.tell
+    try:
+        print("\n".join(pass_on(Path(run), words)))
     except ConfigError as problem:
         return _say(str(problem), USAGE)
     except LoraError as problem:

@@ -83,6 +83,7 @@ class LoraForm(nn.Module):
         self.layers = nn.ModuleList()
         self.paths: list[str] = []
         self.enabled = True
+        self.weight = 1.0
         self._handles: list[RemovableHandle] = []
         self._frozen: list[nn.Parameter] = []  # base parameters that were trainable before attach
         self._models: dict[str, nn.Module] = {}
@@ -137,9 +138,21 @@ class LoraForm(nn.Module):
         finally:
             self.enabled = before
 
+    @contextmanager
+    def at_weight(self, weight: float) -> Iterator[None]:
+        """Inside, the LoRA is worn at `weight`, as `LivePipeline.set_weights` has it: W + weight · (W' - W)."""
+        before, self.weight = self.weight, weight
+        try:
+            yield
+        finally:
+            self.weight = before
+
     def _hook(self, own: TrainableLayer, layer: nn.Module) -> None:
         def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            return own(inputs[0], output) if self.enabled else None
+            if not self.enabled:
+                return None
+            changed: Tensor = own(inputs[0], output)
+            return changed if self.weight == 1 else torch.lerp(output, changed, self.weight)
 
         self._handles.append(layer.register_forward_hook(add))
 

@@ -5,8 +5,9 @@ SIGINT and SIGTERM save and stop; a second one leaves at once.
     control/pause            no step is taken as long as this is there
     control/save             save the state and the LoRA now            } taken away
     control/stop             save and stop, like SIGINT                 } when acted on
-    control/sample-*.json    {"prompt": "...", "seed": 0, "steps": 25, "guidance": 7.5}: one picture with the LoRA as
-                             it is; all but the prompt may be left out  } likewise
+    control/steps            a number: how many steps the training is to have
+    control/sample-*.json    {"prompt": "...", "weight": 1.0, "seed": 0, "steps": 25, "guidance": 7.5}: one picture with
+                             the LoRA as it is, at any weight; all but the prompt may be left out
 
 The folder is there while a process listens: it is made afresh when a run starts or resumes, so that what a killed
 process left undone is not done to the next one, and it goes with the process. `Commands` writes these files for the
@@ -32,6 +33,7 @@ from lora_core.errors import ConfigError, LoraError, SaveFailed, Stopped, did_yo
 from lora_core.safe_writes import write_atomic
 
 FOLDER = "control"
+MOST_STEPS = 10**9
 
 
 class StopRequest:
@@ -94,6 +96,7 @@ class Sample:
     """One picture asked for. None: as the run's previews. Its values are checked where the picture is made."""
 
     prompt: str
+    weight: float = 1.0
     seed: int | None = None
     steps: int | None = None
     guidance: float | None = None
@@ -111,6 +114,13 @@ class Sample:
         for key in table.keys() - known:
             raise ConfigError(f'"{key}" is no setting of a sample.{did_you_mean(key, known)}')
         return cls(**table)
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
+        if not number or not -100 <= self.weight <= 100:
+            raise ConfigError(
+                f"its weight is {self.weight!r}: use a number such as 0.8; 0 is the base model, 1 the LoRA as it is."
+            )
 
 
 class Commands:
@@ -136,10 +146,17 @@ class Commands:
         """Save and stop; the run can be resumed."""
         self._write("stop")
 
+    def steps(self, steps: int) -> None:
+        """The training is to have so many; those that are done count."""
+        if steps < 1:
+            raise ConfigError(f"A training has at least one step, and {steps} were asked for.")
+        self._write("steps", str(steps))
+
     def sample(
         self,
         prompt: str,
         *,
+        weight: float = 1.0,
         seed: int | None = None,
         steps: int | None = None,
         guidance: float | None = None,
@@ -147,7 +164,8 @@ class Commands:
         """One picture with the LoRA as it is; what is left out is as in the run's previews."""
         if not prompt.strip():
             raise ConfigError("There is no prompt for the sample. Say what the picture should show.")
-        wanted = {"prompt": prompt, "seed": seed, "steps": steps, "guidance": guidance}
+        asked = Sample(prompt, weight, seed, steps, guidance)
+        wanted = {field.name: getattr(asked, field.name) for field in fields(asked)}
         text = json.dumps({key: value for key, value in wanted.items() if value is not None})
         self._write(f"sample-{time.time_ns():020d}-{secrets.token_hex(2)}.json", text)
 
@@ -180,6 +198,21 @@ class Orders:
 
     def take_save(self) -> bool:
         return _take_away(self.folder / "save")
+
+    def take_steps(self, refuse: Callable[[str], None]) -> int | None:
+        """How many steps the training is to have; None if nobody asked. `refuse` is told of what is no number."""
+        file = self.folder / "steps"
+        try:
+            text = file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            return None
+        _take_away(file)
+        if text.isascii() and text.isdecimal() and 1 <= int(text) <= MOST_STEPS:
+            return int(text)
+        refuse(
+            f"The number of steps was not changed: control/steps must hold one, such as 1200, not {text[:40]!r}."
+        )
+        return None
 
     def take_samples(self, refuse: Callable[[str], None]) -> list[Sample]:
         """In the order they were asked for. `refuse` is told of one that cannot be understood."""

@@ -36,15 +36,14 @@ from trainers.conditioning import added_conditions
 from trainers.config import TrainConfig
 from trainers.control import Orders, StopRequest, listening, signals_ask
 from trainers.finish import write_lora, write_report
+from trainers.obeying import obey
 from trainers.report_page import ReportPage
 from trainers.room import make_room, out_of_memory
 from trainers.run_folder import RunFolder
-from trainers.saving import save, save_or_say, saved_for, take_up
+from trainers.saving import keep_preset, save, save_or_say, saved_for, take_up
 from trainers.tensorboard import TensorBoard, check_installed
 from trainers.versions import versions
 from trainers.watch import Watch
-
-POLL_S = 0.1  # while paused
 
 
 def train(
@@ -86,6 +85,8 @@ def run(config: TrainConfig, folder: RunFolder, orders: Orders, emit: events.Emi
     try:
         bench = prepare_or_say(config, folder, orders.stop, emit)
         first = take_up(bench) if resuming else 0
+        if resuming:
+            keep_preset(bench)  # with what --set has changed
         announce(bench, first)
         try:
             steps(bench, first, orders)
@@ -93,6 +94,7 @@ def run(config: TrainConfig, folder: RunFolder, orders: Orders, emit: events.Emi
             detach(bench.form)
     finally:
         AcceleratorState._reset_state(True)  # a second run in this process may choose another precision
+    config = bench.config  # its steps may have been changed
     lora = write_lora(
         config, folder.lora, bench.form, bench.opened, step=config.train.steps, dataset=bench.feeder.dataset
     )
@@ -147,8 +149,9 @@ def steps(bench: Bench, first: int, orders: Orders) -> None:
     parameters = list(bench.form.parameters())
     optimizer, scaled = bench.accelerator.prepare(bench.optimizer), bench.accelerator.scaler is not None
     watch = Watch(config.log_every or (1 if bench.device.type == "cpu" else 10))
-    began, total = time.monotonic(), config.steps
-    for step in range(first + 1, total + 1):
+    began, step = time.monotonic(), first
+    while step < (total := bench.config.train.steps):  # which may be changed while it runs
+        step += 1
         optim.set_rate(
             bench.optimizer,
             optim.rate_factor(config.schedule, step - 1, steps=total, warmup=config.warmup_steps),
@@ -182,6 +185,7 @@ def steps(bench: Bench, first: int, orders: Orders) -> None:
             previews.render(bench, step, orders.stop)
         if orders.waiting:
             began += obey(bench, step, orders)
+        total = bench.config.train.steps
         if orders.stop.asked and step < total:
             path = save(bench, step)
             resume = bench.folder.resume_command
@@ -189,7 +193,7 @@ def steps(bench: Bench, first: int, orders: Orders) -> None:
             raise Stopped(f"Stopped at step {step} of {total}; saved. Go on with: {resume}")
         if save_now:
             save_or_say(bench, step)
-    save_or_say(bench, total)
+    save_or_say(bench, step)
 
 
 def gradients(bench: Bench, batches: Sequence[Batch]) -> list[torch.Tensor]:
@@ -228,28 +232,6 @@ def batch_loss(bench: Bench, batch: Batch) -> torch.Tensor:
             added_cond_kwargs=added_conditions(words, batch.time_ids),
         ).sample
     return losses.dreambooth(prediction, target, weight)
-
-
-def obey(bench: Bench, step: int, orders: Orders) -> float:
-    """Do what waits in the control folder, and stay while paused -> seconds in which nothing was trained."""
-    began = time.monotonic()
-    do_now(bench, step, orders)
-    if orders.hold():
-        bench.emit(events.Paused(step=step))
-        torch.cuda.empty_cache()  # whoever asked for the pause may want the card; nothing on a machine without one
-        while orders.hold():
-            time.sleep(POLL_S)
-            do_now(bench, step, orders)
-        if not orders.stop.asked:
-            bench.emit(events.Continued(step=step))
-    return time.monotonic() - began
-
-
-def do_now(bench: Bench, step: int, orders: Orders) -> None:
-    for sample in orders.take_samples(refuse=lambda why: bench.emit(events.Note(text=why))):
-        previews.render_sample(bench, step, sample, orders.stop)
-    if orders.take_save():
-        save_or_say(bench, step)
 
 
 def report_or_say(bench: Bench, lora: Path, stop: StopRequest) -> None:

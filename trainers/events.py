@@ -117,6 +117,18 @@ class Continued(TrainEvent):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepsChanged(TrainEvent):
+    """While it runs: the training is to have `steps`, and not as many as `before`."""
+
+    step: int
+    steps: int
+    before: int
+
+    def __str__(self) -> str:
+        return f"After step {self.step}: the training has {self.steps} steps now, before {self.before}."
+
+
+@dataclass(frozen=True, kw_only=True)
 class Finished(TrainEvent):
     path: str  # the LoRA
     seconds: float
@@ -206,6 +218,7 @@ class Console:
                     file=sys.stderr,
                     dynamic_ncols=True,
                 )
+            self._bar.total = event.steps
             self._bar.update(event.step - self._bar.n)
             self._bar.set_postfix_str(f"loss {event.loss:.4f}")
         elif not event.quiet:

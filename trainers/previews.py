@@ -38,7 +38,7 @@ def render_sample(bench: Bench, step: int, sample: Sample, stop: StopRequest) ->
     except ConfigError as problem:
         bench.emit(Note(text=f"The sample of step {step} was not made; the training goes on. {problem}"))
         return
-    draw_or_say(bench, step, wanted, stop)
+    draw_or_say(bench, step, wanted, stop, weight=sample.weight)
 
 
 def request(bench: Bench, sample: Sample) -> GenerationRequest:
@@ -52,9 +52,16 @@ def request(bench: Bench, sample: Sample) -> GenerationRequest:
     )
 
 
-def draw_or_say(bench: Bench, step: int, wanted: Mapping[Path, GenerationRequest], stop: StopRequest) -> None:
+def draw_or_say(
+    bench: Bench,
+    step: int,
+    wanted: Mapping[Path, GenerationRequest],
+    stop: StopRequest,
+    *,
+    weight: float = 1.0,
+) -> None:
     try:
-        draw(bench, step, wanted, stop)
+        draw(bench, step, wanted, stop, weight=weight)
     except SaveFailed as problem:
         why = f"was not saved; the training goes on. {problem}"
     except torch.OutOfMemoryError:
@@ -67,10 +74,12 @@ def draw_or_say(bench: Bench, step: int, wanted: Mapping[Path, GenerationRequest
     bench.emit(Note(text=f"The preview of step {step} {why}"))
 
 
-def draw(bench: Bench, step: int, wanted: Mapping[Path, GenerationRequest], stop: StopRequest) -> None:
+def draw(
+    bench: Bench, step: int, wanted: Mapping[Path, GenerationRequest], stop: StopRequest, *, weight: float
+) -> None:
     bench.form.eval()
     try:
-        with torch.random.fork_rng(), awake(bench):
+        with torch.random.fork_rng(), awake(bench), bench.form.at_weight(weight):
             for path, asked in wanted.items():
                 (picture,) = bench.live.generate(asked, on_step=lambda *_: not stop.asked)
                 save_png(picture, path)

@@ -97,8 +97,12 @@ class RunFolder:
                 ) from problem
         for part in (folder.checkpoints, folder.previews):
             part.mkdir(exist_ok=True)
-        write_atomic(folder.preset, lambda path: _write_text(path, presets.dump(config)))
+        folder.keep_preset(config)
         return folder
+
+    def keep_preset(self, config: TrainConfig) -> None:
+        """What the run is trained with, whole. Raises SaveFailed."""
+        write_atomic(self.preset, lambda path: _write_text(path, presets.dump(config)))
 
     def never_trained(self) -> bool:
         """A run folder of ours in which no step was saved, and no process is at work."""

@@ -69,3 +69,11 @@ def saved_for(bench: Bench, step: int, problem: NotFinite) -> NotFinite:
     else:
         kept = f"Saved as it is without it, at step {step}."
     return NotFinite(f"{problem} {kept} Go on with: {bench.folder.resume_command}")
+
+
+def keep_preset(bench: Bench) -> None:
+    """The run's preset as it is now, for the next one to resume it."""
+    try:
+        bench.folder.keep_preset(bench.config)
+    except SaveFailed as problem:
+        bench.emit(events.Note(text=f"The run's preset stays as it was; the training goes on. {problem}"))

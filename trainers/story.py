@@ -111,6 +111,8 @@ class Story:
                 self.step, self.steps, self.eta_s = event["step"], event["steps"], event["eta_s"]
                 self._add_loss(event["step"], event["loss"])
                 self.rates.append((event["step"], event["learning_rate"]))
+            case "StepsChanged":
+                self.steps = event["steps"]
             case "Paused":
                 self.state = "paused"
             case "Continued":

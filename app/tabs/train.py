@@ -17,7 +17,7 @@ from app.session import Session
 from app.status import training_card
 from app.tabs import AT_ONCE, Parts, gather
 from app.training import TrainView
-from lora_core.errors import LoraError
+from lora_core.errors import ConfigError, LoraError
 from trainers import presets
 
 NEWEST = "the newest"
@@ -111,8 +111,23 @@ def _orders(c: dict[str, Any]) -> None:
             placeholder="Any prompt, with the LoRA as it is now",
             scale=4,
         )
+        c["sample_weight"] = gr.Number(
+            1.0, label="At weight", step=0.1, elem_id="sample-weight", scale=1, min_width=90
+        )
         c["sample"] = gr.Button(
             "Sample now", elem_id="sample-now", size="sm", interactive=False, scale=1, min_width=110
+        )
+    with gr.Row():
+        c["new_steps"] = gr.Number(
+            label="Steps in all",
+            info="More or fewer, while it runs",
+            precision=0,
+            minimum=1,
+            elem_id="new-steps",
+            scale=4,
+        )
+        c["change_steps"] = gr.Button(
+            "Change steps", elem_id="change-steps", size="sm", interactive=False, scale=1, min_width=110
         )
     c["previews"] = gr.Gallery(
         label="Previews by step",
@@ -168,10 +183,13 @@ def _listen(session: Session, draft: Draft, parts: Parts, c: dict[str, Any]) -> 
     c["save"].click(lambda: _said(session, lambda: orders.commands().save()), None, None, **AT_ONCE)
     c["end"].click(lambda: _said(session, lambda: orders.commands().stop()), None, None, **AT_ONCE)
     c["sample"].click(
-        lambda prompt: _said(session, lambda: orders.commands().sample(prompt)),
-        c["sample_prompt"],
+        lambda prompt, weight: _said(session, lambda: sample(session, prompt, weight)),
+        [c["sample_prompt"], c["sample_weight"]],
         None,
         **AT_ONCE,
+    )
+    c["change_steps"].click(
+        lambda steps: _said(session, lambda: change_steps(session, steps)), c["new_steps"], None, **AT_ONCE
     )
     c["use"].click(
         lambda chosen: _said(session, lambda: session.use_trained(_step(chosen))), c["step"], None, **AT_ONCE
@@ -185,6 +203,7 @@ def _listen(session: Session, draft: Draft, parts: Parts, c: dict[str, Any]) -> 
         "use",
         "step",
         "sample",
+        "change_steps",
         "start",
         "plot",
         "previews",
@@ -208,6 +227,7 @@ def _look(session: Session) -> list[Any]:
         gr.update(interactive=stepping),
         gr.update(interactive=view is not None and view.lora is not None),
         _steps(view),
+        gr.update(interactive=stepping),
         gr.update(interactive=stepping),
         gr.update(interactive=not alive),
         gr.update(value=curves(points), visible=bool(points)),
@@ -259,6 +279,16 @@ def pause_or_go_on(session: Session) -> None:
         commands.unpause()
     else:
         commands.pause()
+
+
+def sample(session: Session, prompt: str, weight: float | None) -> None:
+    session.training.commands().sample(prompt, weight=1.0 if weight is None else float(weight))
+
+
+def change_steps(session: Session, steps: float | None) -> None:
+    if steps is None:
+        raise ConfigError("Say how many steps the training is to have in all; those that are done count.")
+    session.training.commands().steps(int(steps))
 
 
 def _said(session: Session, act: Any) -> None:

@@ -11,11 +11,13 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from app import training as app_training
+from app.tabs import train as tab
 from app.training import Training, TrainView
 from lora_core import read_adapter
 from lora_core.errors import ConfigError, LoraError
@@ -75,7 +77,8 @@ def pid_of(run: Path) -> int:
 
 
 def test_from_start_to_lora(tmp_path: Path, preset: Path, training: Training) -> None:
-    """Paused at a step, seen by a server that was started later, sampled, and gone on with to the end."""
+    """Paused at a step, seen by a server that was started later, sampled, given fewer steps by the page, and gone on
+    with to the end."""
     run = training.start(preset, ["train.steps=40", "save.every=15"])
     assert run == tmp_path / "runs" / "small"
     view = training.view()
@@ -94,7 +97,12 @@ def test_from_start_to_lora(tmp_path: Path, preset: Path, training: Training) ->
     found = later.view()
     assert found is not None
     assert (found.state, found.step, found.losses) == ("paused", view.step, view.losses)
-    later.commands().sample("a zxq cat", steps=1)
+    page: Any = SimpleNamespace(training=later)
+    tab.sample(page, "a zxq cat", 0.5)
+    with pytest.raises(ConfigError, match="how many steps"):
+        tab.change_steps(page, None)
+    tab.change_steps(page, 30.0)
+    until(later, lambda v: v.steps == 30)
     view = until(later, lambda v: bool(v.previews))
     at = view.step
     ((step, prompt, picture),) = view.previews
@@ -105,11 +113,11 @@ def test_from_start_to_lora(tmp_path: Path, preset: Path, training: Training) ->
     until(later, lambda v: v.step > at)
 
     view = ended(training)
-    assert (view.state, view.step, view.error, view.resume) == ("finished", 40, "", "")
+    assert (view.state, view.step, view.error, view.resume) == ("finished", 30, "", "")
     assert view.lora == run / "small.safetensors"
-    assert [step for step, _ in view.saved] == [15, 30, 40]
+    assert [step for step, _ in view.saved] == sorted({at, 15, 30})
     assert all(read_adapter(file).deltas for _, file in view.saved)
-    assert [step for step, _, _ in view.losses] == list(range(1, 41))
+    assert [step for step, _, _ in view.losses] == list(range(1, 31))
     assert ended(later) == view
     with pytest.raises(LoraError, match="No training is running"):
         later.commands()

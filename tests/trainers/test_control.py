@@ -13,20 +13,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from lora_core import read_adapter
+from launch import main as launch_main
+from lora_core import GenerationRequest, LivePipeline, read_adapter
 from lora_core.errors import ConfigError, LoraError, SaveFailed, Stopped
 from lora_core.generation import read_png_parameters
 from lora_core.parameters import parse_parameters
 from lora_core.safe_files import read_tensors
 from tests.trainers.runs import Recorder, base_folder, config, events_in, pictures
 from tests.trainers.test_bad_input import ROOT, launch, preset_file, read, wait_for
-from trainers import checkpoints, previews
+from trainers import checkpoints, presets, previews
 from trainers.control import Commands, Orders, Sample, StopRequest, listening, signals_ask
 from trainers.dreambooth import train
-from trainers.events import Continued, Note, Paused, Preview, Saved, Step, TrainEvent
+from trainers.events import Continued, Note, Paused, Preview, Saved, Step, StepsChanged, TrainEvent
 from trainers.run_folder import RunFolder
 
 DROPOUT: dict[str, Any] = {"lora": {"dropout": 0.1}}  # chance that a picture in between could disturb
@@ -148,6 +151,7 @@ def test_what_cannot_be_sampled_is_said_and_the_training_goes_on(
         "sample-3.json": '{"prompt": "a cat"',
         "sample-4.json": '{"seed": 1}',
         "sample-5.json": '{"prompt": "a cat", "seed": "many"}',
+        "sample-6.json": '{"prompt": "a cat", "weight": "much"}',
         "sing": "",
     }
 
@@ -156,7 +160,9 @@ def test_what_cannot_be_sampled_is_said_and_the_training_goes_on(
             (control / name).write_text(text)
 
     recorder, file = disturbed(tmp_path, base, at_step(2, ask))
-    notes = [e.text for e in of_kind(recorder, Note)][-5:]
+    notes = [e.text for e in of_kind(recorder, Note)][-6:]
+    assert any("sample-6.json was not done: its weight is 'much'" in note for note in notes)
+    notes = [note for note in notes if "sample-6" not in note]
     assert 'sample-1.json was not done: "sed" is no setting of a sample. Did you mean "seed"' in notes[0]
     assert "not JSON" in notes[1]
     assert "no prompt" in notes[2]
@@ -233,6 +239,163 @@ def test_a_child_is_paused_sampled_saved_and_stopped_through_its_folder(
     result = launch("--train", "--resume", str(run), "--set", "train.steps=6")
     assert result.returncode == 0, result.stderr
     assert same_file(run / "small.safetensors", straight[1])
+
+
+COSINE: dict[str, Any] = {**DROPOUT, "train": {"schedule": "cosine", "steps": 6}}
+
+
+@pytest.mark.parametrize("wanted", [4, 8])
+def test_more_or_fewer_steps_while_it_runs(tmp_path: Path, base: Path, wanted: int) -> None:
+    """The rate does not depend on the number of steps here: so the run is the one that had it from the start."""
+    pictures(tmp_path / "images", 3)
+    straight = train(config(tmp_path, base, **DROPOUT, train={"steps": wanted}))
+    recorder, commands = Recorder(), Commands(tmp_path / "runs" / "small-2")
+    orders = [recorder, at_step(3, lambda: commands.steps(wanted))]
+    file = train(config(tmp_path, base, **DROPOUT), listeners=orders)
+    assert sorted(recorder.losses) == list(range(1, wanted + 1))
+    (changed,) = of_kind(recorder, StepsChanged)
+    assert (changed.step, changed.steps, changed.before) == (3, wanted, 6)
+    assert same_file(file, straight)
+    assert read_adapter(file).metadata["ss_steps"] == str(wanted)
+    assert presets.load(file.parent / "preset.toml").train.steps == wanted
+
+
+def test_a_run_whose_steps_were_changed_resumes_as_itself(tmp_path: Path, base: Path) -> None:
+    """With a schedule that knows the number, killed after the change: the same as if it had not been."""
+    pictures(tmp_path / "images", 3)
+    whole, commands = Recorder(), Commands(tmp_path / "runs" / "small")
+    orders = [whole, at_step(3, lambda: commands.steps(8))]
+    straight = train(config(tmp_path, base, **COSINE), listeners=orders)
+    again, first = Commands(tmp_path / "runs" / "small-2"), Recorder(stop_at=5)
+    orders = [first, at_step(3, lambda: again.steps(8))]
+    with pytest.raises(Stopped):
+        train(config(tmp_path, base, **COSINE), stop=first.stop, listeners=orders)
+    run = tmp_path / "runs" / "small-2"
+    (run / "checkpoints" / "step-000005.safetensors").unlink()  # as if killed and not stopped
+    second = Recorder()
+    file = train(RunFolder.reopen(run)[1], resume=run, listeners=[second])
+    assert sorted(second.losses) == [4, 5, 6, 7, 8]
+    assert {**first.losses, **second.losses} == whole.losses
+    assert same_file(file, straight)
+
+
+def test_steps_that_cannot_be_are_said_and_change_nothing(
+    tmp_path: Path, base: Path, straight: tuple[dict[int, float], Path]
+) -> None:
+    commands, file = Commands(tmp_path / "runs" / "small"), tmp_path / "runs" / "small" / "control" / "steps"
+    with pytest.raises(ConfigError, match="at least one step"):
+        commands.steps(0)
+    acts = [lambda: commands.steps(2), lambda: file.write_text("many"), lambda: file.write_text("0")]
+    recorder, lora = disturbed(tmp_path, base, *(at_step(i + 3, act) for i, act in enumerate(acts)))
+    notes = [e.text for e in of_kind(recorder, Note) if "number of steps was not changed" in e.text]
+    assert "3 are done and 2 were asked for" in notes[0]
+    assert "'many'" in notes[1]
+    assert "'0'" in notes[2]
+    assert not of_kind(recorder, StepsChanged)
+    assert recorder.losses == straight[0]
+    assert same_file(lora, straight[1])
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_a_sample_at_a_weight_is_the_pipelines(tmp_path: Path, base: Path, variant: str) -> None:
+    """Worn by the form that trains, at any weight, as the saved file is worn by a pipeline of its own."""
+    commands = Commands(tmp_path / "runs" / "small")
+    weights = (0.0, 0.4, 1.0, -1.5)
+
+    def ask() -> None:
+        for weight in weights:
+            commands.sample("a zxq cat", weight=weight, steps=2)
+        commands.save()
+
+    pictures(tmp_path / "images", 2)
+    fast = {"lora": {"variant": variant}, "train": {"learning_rate": 3e-2}}
+    train(config(tmp_path, base, **fast), listeners=[at_step(4, ask)])
+    run = tmp_path / "runs" / "small"
+    live = LivePipeline.open(base, device="cpu")
+    live.load(run / "checkpoints" / "small-000004.safetensors", name="it")
+    made = []
+    for i, weight in enumerate(weights):
+        live.set_weights({"it": weight})
+        (expected,) = live.generate(GenerationRequest(prompt="a zxq cat", seed=0, steps=2, guidance=7.5))
+        found = np.asarray(Image.open(run / "previews" / f"sample-000004-{i}.png")).astype(int)
+        assert np.abs(found - np.asarray(expected.image).astype(int)).max() <= 2
+        made.append(found)
+    gaps = [np.abs(a - b).mean() for a in made for b in made if a is not b]
+    assert min(gaps) > 2  # and they are different pictures
+
+
+def test_a_second_signal_leaves_at_once(tmp_path: Path, base: Path) -> None:
+    """While the first is still waiting for its step to end."""
+    pictures(tmp_path / "images", 1)
+    slow = ["--set", "train.batch_size=64", "--set", "train.gradient_accumulation=50"]
+    child = subprocess.Popen(
+        [sys.executable, "launch.py", "--train", str(preset_file(tmp_path, base)), *slow],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        wait_for(lambda: '"event": "Started"' in read(tmp_path / "runs/small/events.jsonl"), child)
+        child.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        assert child.poll() is None  # the step takes longer than that
+        asked = time.monotonic()
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(5) == 130
+        assert time.monotonic() - asked < 1
+    finally:
+        child.kill()
+
+
+@pytest.mark.parametrize(
+    ("word", "does"),
+    [
+        ("pause", ["pause"]),
+        ("save", ["save"]),
+        ("stop", ["stop"]),
+        ("continue", []),
+        ("steps=1200", ["steps"]),
+        ("sample=a cat", Sample("a cat")),
+        ("sample=a cat@0.8", Sample("a cat", weight=0.8)),
+        ("sample=mail me@home, 2@-1", Sample("mail me@home, 2", weight=-1.0)),
+        ("sample=a = b", Sample("a = b")),
+    ],
+)
+def test_tell_from_a_terminal(
+    tmp_path: Path, word: str, does: list[str] | Sample, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with listening(tmp_path / "control", StopRequest()) as orders:
+        assert launch_main(["--tell", str(tmp_path), word]) == 0
+        found = sorted(path.name for path in (tmp_path / "control").iterdir())
+        if isinstance(does, Sample):
+            assert orders.take_samples(pytest.fail) == [does]
+        else:
+            assert found == does
+        if does == ["steps"]:
+            assert orders.take_steps(pytest.fail) == 1200
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["pause"], 1, "No training listens"),
+        ([], 2, "Say what"),
+        (["puase"], 2, 'Did you mean "pause"'),
+        (["pause", "steps=many"], 2, "must be a number"),
+        (["steps"], 2, "needs a value"),
+        (["sample"], 2, "needs a value"),
+    ],
+)
+def test_tell_refuses_with_a_sentence(
+    tmp_path: Path, words: list[str], code: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if code == 2:
+        (tmp_path / "control").mkdir()
+    assert launch_main(["--tell", str(tmp_path), *words]) == code
+    assert says in capsys.readouterr().err
+    assert not list(tmp_path.glob("control/*"))  # all or nothing
 
 
 def test_a_signal_ends_a_pause(tmp_path: Path, base: Path) -> None:
