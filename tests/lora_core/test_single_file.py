@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (
     convert_ldm_clip_checkpoint,
     convert_ldm_unet_checkpoint,
@@ -19,11 +18,11 @@ from diffusers.loaders.single_file_utils import (
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lora_core.errors import FileRefused
 from lora_core.ldm_names import OPENCLIP, PREFIXES, as_in_file, ldm_keys
 from lora_core.models import find_base, open_base
+from tests.lora_core.full_size import models_of, vae_of
 from tests.lora_core.opening import assert_proved, assert_same_weights, parts_of, picture
 from tests.small_models import FAMILIES, ldm_tensors, save_folder, save_ldm_single_file, small_pipeline
 
@@ -104,79 +103,7 @@ def test_single_file_names_agree_with_the_conversion_of_diffusers(family: str, t
 
 
 def full_size_parts(family: str) -> dict[str, nn.Module]:
-    """SD 1.5, SD 2.1 and SDXL as their configurations are published, on the meta device."""
-    sd = {"block_out_channels": (320, 640, 1280, 1280)}
-    unets: dict[str, dict[str, Any]] = {
-        "sd1": {**sd, "sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
-        "sd2": {
-            **sd,
-            "sample_size": 96,
-            "cross_attention_dim": 1024,
-            "attention_head_dim": [5, 10, 20, 20],
-            "use_linear_projection": True,
-        },
-        "sdxl": {
-            "sample_size": 128,
-            "block_out_channels": (320, 640, 1280),
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            "transformer_layers_per_block": [1, 2, 10],
-            "cross_attention_dim": 2048,
-            "attention_head_dim": [5, 10, 20],
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
-        },
-    }
-    clip_l = CLIPTextConfig(
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        projection_dim=768,
-    )
-    texts = {
-        "sd1": [clip_l],
-        "sd2": [
-            CLIPTextConfig(
-                hidden_size=1024,
-                intermediate_size=4096,
-                num_hidden_layers=23,
-                num_attention_heads=16,
-                hidden_act="gelu",
-            )
-        ],
-        "sdxl": [
-            clip_l,
-            CLIPTextConfig(
-                hidden_size=1280,
-                intermediate_size=5120,
-                num_hidden_layers=32,
-                num_attention_heads=20,
-                projection_dim=1280,
-                hidden_act="gelu",
-            ),
-        ],
-    }
-    with torch.device("meta"):
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            sample_size={"sd1": 512, "sd2": 768, "sdxl": 1024}[family],
-            scaling_factor=0.13025 if family == "sdxl" else 0.18215,
-        )
-        parts = {"unet": UNet2DConditionModel(**unets[family]), "vae": vae}
-        for name, kind, config in zip(
-            ("text_encoder", "text_encoder_2"),
-            (CLIPTextModel, CLIPTextModelWithProjection),
-            texts[family],
-            strict=False,
-        ):
-            parts[name] = kind(config)
-    return parts
+    return {**models_of(family), "vae": vae_of(family)}
 
 
 def in_file(family: str, parts: dict[str, nn.Module]) -> dict[str, Tensor]:
