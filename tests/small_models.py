@@ -2,7 +2,7 @@
 
     pipe = small_pipeline("sd1")                        # StableDiffusionPipeline, works end to end
     pipe = small_pipeline("sdxl", text_layers=4)        # deeper text encoders where a test wants them
-    pipe = small_pipeline("sd1", clip_vocabulary=True)  # CLIP's own 49,408 tokens, as a single file needs
+    pipe = small_pipeline("sd1", clip_vocabulary=True)  # CLIP's own 49,408 tokens, and what else a single file needs
     save_folder(pipe, path); save_ldm_single_file(pipe, path)
 
 Pictures are 128 x 128, so that the innermost 2 x 2 latent still has something to attend to: with one token a
@@ -47,7 +47,8 @@ def small_pipeline(
 ) -> Any:
     """-> a diffusers pipeline of `family` on the CPU, in eval mode, its modules shared with no other call.
 
-    `text_layers`: of each text encoder; `clip_vocabulary`: CLIP's tokenizer in place of a small one."""
+    `text_layers`: of each text encoder; `clip_vocabulary`: CLIP's tokenizer in place of a small one, and heads and
+    groups as a single file means them without saying so."""
     template = _template(family, seed, text_layers, clip_vocabulary)
     own = ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler")
     parts = {k: copy.deepcopy(v) if k in own else v for k, v in template.items()}
@@ -105,7 +106,11 @@ def ldm_tensors(pipe: Any) -> dict[str, Tensor]:
 @functools.cache
 def _template(family: str, seed: int, text_layers: int, clip_vocabulary: bool) -> dict[str, Any]:
     tokenizer = _tokenizer(clip_vocabulary, "!" if family == "sd2" else "<|endoftext|>")
-    parts: dict[str, Any] = {"tokenizer": tokenizer, "vae": _vae(family), "unet": _unet(family)}
+    parts: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "vae": _vae(family),
+        "unet": _unet(family, clip_vocabulary),
+    }
     act = "quick_gelu" if family != "sd2" else "gelu"
     parts["text_encoder"] = CLIPTextModel(_text_config(tokenizer, TEXT_WIDTH, text_layers, act))
     if family == "sdxl":
@@ -174,7 +179,8 @@ def _vae(family: str) -> AutoencoderKL:
     )
 
 
-def _unet(family: str) -> UNet2DConditionModel:
+def _unet(family: str, single: bool) -> UNet2DConditionModel:
+    groups = 32 if single or family == "sd1" else 8
     if family == "sdxl":
         return UNet2DConditionModel(
             sample_size=LATENT,
@@ -184,12 +190,12 @@ def _unet(family: str) -> UNet2DConditionModel:
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             transformer_layers_per_block=[1, 2, 10],
             cross_attention_dim=TEXT_WIDTH + TEXT_WIDTH_2,
-            attention_head_dim=[1, 1, 1],  # 64 wide heads, as a single file means without saying so
+            attention_head_dim=[1, 1, 1] if single else [2, 4, 4],  # heads; of 64 channels in a single file
             use_linear_projection=True,
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=TEXT_WIDTH_2 + 6 * 8,
-            norm_num_groups=32,
+            norm_num_groups=groups,
         )
     return UNet2DConditionModel(
         sample_size=LATENT,
@@ -198,10 +204,9 @@ def _unet(family: str) -> UNet2DConditionModel:
         down_block_types=(*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
         up_block_types=("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
         cross_attention_dim=TEXT_WIDTH,
-        # 8 heads or 64 wide ones, and 32 groups, are what a single file means without saying so
-        attention_head_dim=8 if family == "sd1" else [1, 1, 1, 1],
+        attention_head_dim=8 if family == "sd1" else [1, 1, 1, 1] if single else [2, 4, 4, 4],
         use_linear_projection=family == "sd2",
-        norm_num_groups=32,
+        norm_num_groups=groups,
     )
 
 
