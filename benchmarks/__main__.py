@@ -9,6 +9,7 @@ BENCHMARKS = {
     "swap": "loading, weighing, fusing and undoing LoRAs, beside diffusers + PEFT",
     "method": "DoRA, combining and attaching, beside PEFT",
     "files": "opening LoRA files and looking at them, beside the safetensors library",
+    "train": "steps, memory and losses of a training, beside diffusers + PEFT",
 }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -51,6 +51,20 @@ def base(size: str, dtype: torch.dtype = torch.bfloat16) -> Any:
     tokenizers = dict.fromkeys((n for n in ("tokenizer", "tokenizer_2") if hasattr(pipe, n)), tokenizer)
     pipe.register_modules(**parts, **tokenizers)
     return pipe
+
+
+def sd15_vae(dtype: torch.dtype) -> AutoencoderKL:
+    """Of the real size; `base` has a small one, since no row about LoRAs depends on it."""
+    with torch.device("meta"):
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            sample_size=512,
+        )
+    _fill(vae, dtype)
+    return vae
 
 
 def twin(pipe: Any) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import files, method, swap
+from benchmarks import files, method, swap, train
 from benchmarks.measure import Row, fastest, figure, interleaved, operations, table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,6 +64,20 @@ def test_every_row_of_the_files_is_in_the_table(capsys: pytest.CaptureFixture[st
     printed = capsys.readouterr().out
     assert all(f"\n| {row.name} | {row.what} |" in printed for row in rows)
     assert "| the library |" in printed
+
+
+@pytest.mark.parametrize(
+    "only", [("losses",), pytest.param(("step", "memory", "losses", "dora"), marks=pytest.mark.slow)], ids=len
+)
+def test_every_row_of_the_training_is_in_the_table(
+    only: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = train.main(["--size", "tiny", "--repeats", "2", "--only", *only])
+    assert {row.name for row in rows} == set(only)
+    assert all(row.ours is not None and math.isfinite(row.ours) for row in rows)
+    assert all(row.met for row in rows if row.name == "losses")  # no timing: both sides did the same work
+    printed = capsys.readouterr().out
+    assert all(f"\n| {row.name} | {row.what} |" in printed for row in rows)
 
 
 def test_an_unknown_row_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
