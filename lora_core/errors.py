@@ -5,29 +5,20 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from lora_core.plain_text import sentence
-
 
 class LoraError(Exception):
     """Base of every error a user may meet. `str(error)` is one message for a tired artist, no traceback needed."""
 
 
-class AboutFile(LoraError):
-    """Quotes names out of a file: nothing in it may steer a terminal."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(sentence(text))
-
-
-class FileRefused(AboutFile):
+class FileRefused(LoraError):
     """A file is damaged, unsafe, or not what was asked for. Nothing was changed."""
 
 
-class WrongFamily(AboutFile):
+class WrongFamily(LoraError):
     """A LoRA and a base model do not belong together."""
 
 
-class NotFinite(AboutFile):
+class NotFinite(LoraError):
     """NaN or Inf where numbers are needed."""
 
 

@@ -3,7 +3,7 @@ the VAE's posterior, the noise, the timesteps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from trainers.buckets import View
 from trainers.caches import LatentCache, draw_latents, encoding, posterior
 from trainers.conditioning import Conditioning, encode, tokenize
 from trainers.dataset import Dataset, Example, Sampler
+from trainers.diffusion import draw_noise
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,11 @@ class Feeder:
         batch_size: int,
         prior_weight: float = 1.0,
         seed: int,
+        noise: Mapping[str, float] | None = None,
     ) -> None:
+        """`noise`: what `draw_noise` takes."""
         self.dataset, self.vae, self.cache = dataset, vae, cache
-        self.batch_size, self.prior_weight = batch_size, prior_weight
+        self.batch_size, self.prior_weight, self.noise = batch_size, prior_weight, noise or {}
         self.samplers = {"instance": Sampler(len(dataset.instances), seed=seed)}
         if dataset.classes:
             self.samplers["class"] = Sampler(len(dataset.classes), seed=seed + 1)
@@ -75,7 +78,7 @@ class Feeder:
             for draw in sampler.take(self.batch_size):
                 rows.append((examples[draw.index], self.dataset.view(examples[draw.index], draw.rng())))
         z = self._latents(rows, generator)
-        eps = torch.randn(z.shape, generator=generator)
+        eps = draw_noise(z.shape, generator, **self.noise)
         t = torch.randint(timesteps, (len(z),), generator=generator)
         share = torch.full((len(rows),), 1 / self.batch_size)
         share[self.batch_size :] *= self.prior_weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from lora_core.pipeline import LivePipeline
 from lora_core.train_form import LoraForm, attach, detach
 from lora_core.trainable.words import learn_words
 from trainers import class_images, events, optim
+from trainers.average import Average
 from trainers.batches import Feeder, Words
 from trainers.caches import LatentCache
 from trainers.config import TrainConfig
@@ -47,7 +49,12 @@ class Bench:
     generator: torch.Generator
     emit: events.Emit
     checkpointed: bool  # gradients', of activations
+    average: Average | None
     pieces: int = 1  # of each batch, one after the other: more where memory is short
+
+    def averaged(self, wanted: bool) -> AbstractContextManager[None]:
+        """Inside, the LoRA is its average, if that is wanted and there is one."""
+        return self.average.worn() if wanted and self.average is not None else nullcontext()
 
 
 def prepare(config: TrainConfig, folder: RunFolder, stop: StopRequest, emit: events.Emit) -> Bench:
@@ -55,12 +62,7 @@ def prepare(config: TrainConfig, folder: RunFolder, stop: StopRequest, emit: eve
     name = precision(config)
     accelerator = Accelerator(mixed_precision=MIXED[name])
     quantize = None if config.train.quantize == "none" else config.train.quantize
-    prediction = None if config.prediction == "auto" else config.prediction
-    opened = open_base(
-        config.base, device=accelerator.device, dtype=DTYPES[name], quantize=quantize, prediction=prediction
-    )
-    for note in opened.notes:
-        emit(events.Note(text=note))
+    opened = open_base(config.base, device=accelerator.device, dtype=DTYPES[name], quantize=quantize)
     if opened.quantised is not None:
         emit(events.Note(text=str(opened.quantised)))
     pipeline = opened.pipeline
@@ -106,6 +108,7 @@ def prepare(config: TrainConfig, folder: RunFolder, stop: StopRequest, emit: eve
         batch_size=config.train.batch_size,
         prior_weight=config.data.prior_weight,
         seed=config.seed,
+        noise={"offset": config.train.noise_offset, "pyramid": config.train.pyramid_noise},
     )
     generator = torch.Generator("cpu").manual_seed(config.seed)
     return Bench(
@@ -123,6 +126,7 @@ def prepare(config: TrainConfig, folder: RunFolder, stop: StopRequest, emit: eve
         generator,
         emit,
         config.train.gradient_checkpointing,
+        Average(form, config.train.ema_decay) if config.train.ema_decay else None,
     )
 
 

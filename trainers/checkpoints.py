@@ -1,7 +1,7 @@
 """Save a run so that it can go on bit-exactly, and write the LoRA file that leaves it.
 
-A checkpoint is one safetensors file, written atomically: trainable tensors, AdamW's moments, the state of every
-random generator, the sampler's position; the small facts are JSON in its metadata. No pickle anywhere.
+A checkpoint is one safetensors file, written atomically: trainable tensors and their average, AdamW's moments, the
+state of every random generator, the sampler's position; the small facts are JSON in its metadata. No pickle anywhere.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 from lora_core.errors import FileRefused, NotFinite
 from lora_core.safe_files import read_header, read_tensors, save_tensors
 from lora_core.train_form import LoraForm
+from trainers.average import Average
 
 KIND = "lora-loom training state 2"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -34,23 +35,29 @@ class Position:
     sampler: dict[str, Any]
 
 
-def save_state(
-    path: Path,
-    position: Position,
-    form: LoraForm,
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-    scaler: Any,
-) -> None:
+@dataclass(frozen=True)
+class Trained:
+    """All of a run that a step changes."""
+
+    form: LoraForm
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator
+    scaler: Any = None
+    average: Average | None = None
+
+
+def save_state(path: Path, position: Position, of: Trained) -> None:
     """Raises NotFinite instead of writing a state from which nothing could be learnt any more."""
     tensors, chance = get_chance()
-    tensors["rng.run"] = generator.get_state()
-    for name, start in form.named_buffers():
+    tensors["rng.run"] = of.generator.get_state()
+    for name, start in of.form.named_buffers():
         tensors[f"start.{name}"] = start
-    for name, p in form.named_parameters():
+    for name, p in of.form.named_parameters():
         tensors[f"lora.{name}"] = p.detach()
-        for key, value in optimizer.state[p].items():
+        for key, value in of.optimizer.state[p].items():
             tensors[f"{key}.{name}"] = value
+    if of.average is not None:
+        tensors |= {f"ema.{name}": t for name, t in of.average.tensors.items()}
     if bad := first_not_finite(tensors):
         raise NotFinite(
             f"The state at step {position.step} holds NaN or Inf ({bad}) and was not saved; what was saved before is "
@@ -58,16 +65,14 @@ def save_state(
         )
     facts = {
         "position": vars(position),
-        "scaler": scaler.state_dict() if scaler is not None else None,
+        "scaler": of.scaler.state_dict() if of.scaler is not None else None,
         "chance": chance,
     }
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_tensors(path, contiguous, {"loom.kind": KIND, "loom.state": json.dumps(facts)})
 
 
-def load_state(
-    path: Path, form: LoraForm, optimizer: torch.optim.Optimizer, generator: torch.Generator, scaler: Any
-) -> Position:
+def load_state(path: Path, of: Trained) -> Position:
     """Put everything back. A LoRA file, or the state of another training, is refused with nothing changed."""
     header = read_header(path)
     if header.metadata.get("loom.kind") != KIND:
@@ -76,25 +81,33 @@ def load_state(
             "Resume from the run's own folder, or set lora.start_from to this file to begin a new training from it."
         )
     tensors = read_tensors(header)
-    wanted = {f"lora.{name}": p for name, p in form.named_parameters()}
+    wanted = {f"lora.{name}": p for name, p in of.form.named_parameters()}
     found = {name: t for name, t in tensors.items() if name.startswith("lora.")}
     if {n: tuple(p.shape) for n, p in wanted.items()} != {n: tuple(t.shape) for n, t in found.items()}:
         raise FileRefused(
             f"{path.name} belongs to another training: it holds {len(found)} tensors, this run trains {len(wanted)}, "
             "or their shapes differ. Resume with the preset the run was started with."
         )
-    refuse_other_start(path, form, tensors)
+    refuse_other_start(path, of.form, tensors)
+    ema = {name.removeprefix("ema."): t for name, t in tensors.items() if name.startswith("ema.")}
+    if bool(ema) != (of.average is not None):
+        raise FileRefused(
+            f"{path.name} was saved {'with' if ema else 'without'} an average of the weights, and this run goes on "
+            f"{'without' if ema else 'with'} one. Set train.ema_decay as the run was started with."
+        )
+    if of.average is not None:
+        of.average.load(ema)
     with torch.no_grad():
-        for name, p in form.named_parameters():
+        for name, p in of.form.named_parameters():
             p.copy_(tensors[f"lora.{name}"])
             # the fused AdamW counts its steps beside the parameter too
             state = {key: tensors[f"{key}.{name}"] for key in _MOMENTS if f"{key}.{name}" in tensors}
-            optimizer.state[p] = {key: t.to(p.device) for key, t in state.items()}
+            of.optimizer.state[p] = {key: t.to(p.device) for key, t in state.items()}
     facts = json.loads(header.metadata["loom.state"])
-    generator.set_state(tensors["rng.run"])
+    of.generator.set_state(tensors["rng.run"])
     set_chance(tensors, facts["chance"])
-    if scaler is not None and facts["scaler"]:
-        scaler.load_state_dict(facts["scaler"])
+    if of.scaler is not None and facts["scaler"]:
+        of.scaler.load_state_dict(facts["scaler"])
     return Position(**facts["position"])
 
 

@@ -205,6 +205,9 @@ class TrainSettings(Table):
     """Steps in which the learning rate rises from 0 to its peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-2
     """AdamW's decay of the LoRA's weights."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Average the LoRA's weights over the steps, each counting this much less than the next: 0.99 to 0.9999 are usual,
+    0: no average."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients longer than this are shortened to it."""
     base_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -233,6 +236,13 @@ class TrainSettings(Table):
         if component != "unet" and found is None:
             found = self.text_encoder_learning_rate
         return self.learning_rate if found is None else found
+
+    noise_offset: Annotated[float, Field(ge=0)] = 0.0
+    """Noise that is the same all over a picture, for darker and lighter ones: 0.05 to 0.1 are usual, 0: none."""
+    pyramid_noise: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Noise of coarser sizes too, each so much weaker than the one before: 0.3 to 0.8 are usual, 0: none."""
+    input_perturbation: Annotated[float, Field(ge=0)] = 0.0
+    """More noise on what the UNet sees than it has to tell (arXiv 2301.11706): 0.1 is usual, 0: none."""
 
     @property
     def trains_text_encoder(self) -> bool:
@@ -275,6 +285,8 @@ class SaveSettings(Table):
     """How many states to resume from stay; the LoRA files of every save stay."""
     dtype: Dtype = "fp16"
     """Precision of the finished LoRA file."""
+    ema: bool = True
+    """With `train.ema_decay`, the files hold the average; false: the weights of the last step."""
     spelling: Literal["kohya", "diffusers", "peft"] = "kohya"
     """Names inside the file; every common program reads "kohya"."""
 
@@ -294,6 +306,8 @@ class PreviewSettings(Table):
     """Classifier-free guidance of a preview."""
     seed: Seed = 0
     """The same seed each time, so that previews show the training and not the noise."""
+    ema: bool = True
+    """With `train.ema_decay`, previews are made with the average; false: with the weights of the step."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -342,9 +356,6 @@ class TrainConfig(Table):
     """Name of the run and of the LoRA file."""
     base: BaseName = "demo"
     """Base model: "demo", a Hugging Face id, or a folder or .safetensors file (begin with ./ or /)."""
-    prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
-    """What the base model's UNet predicts. "auto": what its files say or, where they say nothing, what it is found to
-    do when it is tried out."""
     output: AnyPath = Path("runs")
     """Runs are written to a folder of their own in here."""
     seed: Seed = 0
@@ -380,6 +391,11 @@ class TrainConfig(Table):
                     f"lora.{name} = {list(getattr(self.lora, name))} has no effect with "
                     "train.text_encoder_learning_rate = 0: leave it out, or raise the rate."
                 )
+        if self.train.ema_decay and not (self.save.ema or self.preview.ema):
+            raise ConfigError(
+                f"train.ema_decay = {self.train.ema_decay} makes an average that nothing shows: set save.ema or "
+                "preview.ema to true, or leave it out."
+            )
         self._check_spelling()
         if self.lora.init == "loftq" and self.train.quantize == "none":
             raise ConfigError(

@@ -6,14 +6,38 @@ abar_t the cumulative product of 1 - beta, z_t = sqrt(abar_t) z + sqrt(1 - abar_
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 PREDICTIONS = ("epsilon", "v_prediction")
+
+
+def draw_noise(
+    shape: Sequence[int], generator: torch.Generator, *, offset: float = 0.0, pyramid: float = 0.0
+) -> Tensor:
+    """eps (N, C, h, w) ~ N(0, 1), on the CPU.
+
+    `offset` adds so much of one number per picture and channel, which lets whole pictures become dark or light.
+    `pyramid` adds noise of a half, a quarter, ... of the size, each `pyramid` times as strong as the one before, and
+    brings the sum back to variance 1.
+    """
+    eps = torch.randn(shape, generator=generator)
+    if pyramid:
+        height, width, factor, variance = *shape[2:], 1.0, 1.0
+        while min(height, width) > 1:
+            height, width, factor = height // 2, width // 2, factor * pyramid
+            coarse = torch.randn((*shape[:2], height, width), generator=generator)
+            eps = eps + factor * F.interpolate(coarse, tuple(shape[2:]), mode="nearest")
+            variance += factor**2
+        eps = eps / variance**0.5
+    if offset:
+        eps = eps + offset * torch.randn((*shape[:2], 1, 1), generator=generator)
+    return eps
 
 
 @dataclass(frozen=True)

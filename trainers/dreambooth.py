@@ -35,12 +35,12 @@ from trainers.bench import Bench, awake, precision, prepare
 from trainers.conditioning import added_conditions
 from trainers.config import TrainConfig
 from trainers.control import Orders, StopRequest, listening, signals_ask
-from trainers.finish import write_lora, write_report
+from trainers.finish import write_report
 from trainers.obeying import obey
 from trainers.report_page import ReportPage
 from trainers.room import make_room, out_of_memory
 from trainers.run_folder import RunFolder
-from trainers.saving import keep_preset, save, save_or_say, saved_for, take_up
+from trainers.saving import keep_preset, save, save_or_say, saved_for, take_up, write_file
 from trainers.tensorboard import TensorBoard, check_installed
 from trainers.versions import versions
 from trainers.watch import Watch
@@ -95,9 +95,7 @@ def run(config: TrainConfig, folder: RunFolder, orders: Orders, emit: events.Emi
     finally:
         AcceleratorState._reset_state(True)  # a second run in this process may choose another precision
     config = bench.config  # its steps may have been changed
-    lora = write_lora(
-        config, folder.lora, bench.form, bench.opened, step=config.train.steps, dataset=bench.feeder.dataset
-    )
+    lora = write_file(bench, folder.lora, config.train.steps)
     adapter = read_adapter(lora)
     emit(
         events.Finished(
@@ -167,6 +165,8 @@ def steps(bench: Bench, first: int, orders: Orders) -> None:
             optim.leave_out_if(bench.optimizer, bad)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if bench.average is not None:
+            bench.average.follow(step)
 
         preview_now = bool(bench.config.preview.every) and step % bench.config.preview.every == 0
         save_now = bool(bench.config.save.every) and step % bench.config.save.every == 0 and step < total
@@ -221,7 +221,10 @@ def backward(bench: Bench, batch: Batch, share: float) -> torch.Tensor:
 def batch_loss(bench: Bench, batch: Batch) -> torch.Tensor:
     """One UNet call -> the DreamBooth loss, fp32, with gradients to the LoRA."""
     config, schedule, unet = bench.config.train, bench.schedule, bench.live.pipeline.unet
-    z_t, target = schedule.noise(batch.z, batch.eps, batch.t), schedule.target(batch.z, batch.eps, batch.t)
+    seen = batch.eps
+    if config.input_perturbation:
+        seen = seen + config.input_perturbation * torch.randn_like(seen)
+    z_t, target = schedule.noise(batch.z, seen, batch.t), schedule.target(batch.z, batch.eps, batch.t)
     weight = batch.share * schedule.weight(config.loss_weighting, batch.t, gamma=config.snr_gamma)
     with bench.accelerator.autocast():
         words = bench.words(batch.captions).to(bench.device, unet.dtype)

@@ -79,7 +79,8 @@ def draw(
 ) -> None:
     bench.form.eval()
     try:
-        with torch.random.fork_rng(), awake(bench), bench.form.at_weight(weight):
+        averaged = bench.averaged(bench.config.preview.ema)
+        with torch.random.fork_rng(), awake(bench), averaged, bench.form.at_weight(weight):
             for path, asked in wanted.items():
                 (picture,) = bench.live.generate(asked, on_step=lambda *_: not stop.asked)
                 save_png(picture, path)

@@ -20,9 +20,7 @@ def take_up(bench: Bench) -> int:
     path, problems = checkpoints.newest_whole(bench.folder.checkpoints)
     for problem in problems:
         bench.emit(events.Note(text=problem))
-    position = checkpoints.load_state(
-        path, bench.form, bench.optimizer, bench.generator, bench.accelerator.scaler
-    )
+    position = checkpoints.load_state(path, trained(bench))
     bench.feeder.restore(position.sampler)
     if position.step > bench.config.train.steps:
         raise ConfigError(
@@ -35,20 +33,25 @@ def save(bench: Bench, step: int) -> Path:
     """State to resume from, and the LoRA as it is now. Raises SaveFailed, NotFinite with nothing old lost."""
     path = checkpoints.state_path(bench.folder.checkpoints, step)
     position = checkpoints.Position(step, bench.feeder.state())
-    checkpoints.save_state(
-        path, position, bench.form, bench.optimizer, bench.generator, bench.accelerator.scaler
-    )
-    lora = write_lora(
-        bench.config,
-        bench.folder.lora_at(step),
-        bench.form,
-        bench.opened,
-        step=step,
-        dataset=bench.feeder.dataset,
-    )
+    checkpoints.save_state(path, position, trained(bench))
+    lora = write_file(bench, bench.folder.lora_at(step), step)
     checkpoints.prune(bench.folder.checkpoints, bench.config.save.keep)
     bench.emit(events.Saved(step=step, path=str(path), lora=str(lora)))
     return path
+
+
+def write_file(bench: Bench, path: Path, step: int) -> Path:
+    """The LoRA, or its average, in the spelling of the preset."""
+    with bench.averaged(bench.config.save.ema):
+        return write_lora(
+            bench.config, path, bench.form, bench.opened, step=step, dataset=bench.feeder.dataset
+        )
+
+
+def trained(bench: Bench) -> checkpoints.Trained:
+    return checkpoints.Trained(
+        bench.form, bench.optimizer, bench.generator, bench.accelerator.scaler, bench.average
+    )
 
 
 def save_or_say(bench: Bench, step: int) -> None:

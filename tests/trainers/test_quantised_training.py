@@ -157,14 +157,13 @@ def test_a_state_that_was_begun_otherwise_is_refused(tmp_path: Path, base: Path)
     live = LivePipeline.open(base, device="cpu")
     wanted = LoraConfig(rank=2, alpha=3, init="pissa", targets=("to_q",))
     form = attach({"unet": live.models["unet"]}, wanted)
-    optimizer = torch.optim.AdamW(form.parameters())
-    generator = torch.Generator()
+    trained = checkpoints.Trained(form, torch.optim.AdamW(form.parameters()), torch.Generator())
     path = tmp_path / "state.safetensors"
-    checkpoints.save_state(path, checkpoints.Position(1, {}), form, optimizer, generator, None)
-    assert checkpoints.load_state(path, form, optimizer, generator, None).step == 1
+    checkpoints.save_state(path, checkpoints.Position(1, {}), trained)
+    assert checkpoints.load_state(path, trained).step == 1
     next(form.buffers()).mul_(-1)
     with pytest.raises(FileRefused, match="other factors of the base"):
-        checkpoints.load_state(path, form, optimizer, generator, None)
+        checkpoints.load_state(path, trained)
     detach(form)
 
 
