@@ -81,6 +81,11 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument(
         "--base", help='base model: "demo" (the default), a folder, a .safetensors file or a hub id'
     )
+    make.add_argument(
+        "--prediction",
+        choices=("epsilon", "v_prediction"),
+        help="what the base model predicts, where it is not what its file says or is found to be",
+    )
     make.add_argument("--prompt")
     make.add_argument("--negative", dest="negative_prompt", metavar="PROMPT")
     make.add_argument(

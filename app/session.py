@@ -228,7 +228,8 @@ class Session:
         self._prove(pipe)
         self.changed()
         aside = [row.name for row in self.rows.values() if row.aside]
-        return f"{pipe.base_name} ({pipe.family.title}) is open." + (
+        said = " ".join(["", *(pipe.opened.notes if pipe.opened else ())])
+        return f"{pipe.base_name} ({pipe.family.title}) is open.{said}" + (
             f" Set aside, because they do not fit it: {', '.join(aside)}." if aside else ""
         )
 

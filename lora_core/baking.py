@@ -1,6 +1,6 @@
 """A standalone model with LoRAs in it (PEFT's merge and unload): a checkpoint that needs no LoRA any more.
 
-    bake("sd15.safetensors", [(ink, 0.8)], "sd15-ink.safetensors")   # one file, in the original layout (SD 1.x)
+    bake("sd15.safetensors", [(ink, 0.8)], "sd15-ink.safetensors")   # one file, in the original layout
     live.bake("my-model", dtype=torch.float16)                       # what a LivePipeline wears, as a diffusers folder
 
 Every tensor is round(fp32(W0) + sum w ΔW) from the untouched W0, rounded once, to the new file's dtype: made, written,
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.adapter import COMPONENTS, Adapter, file_path, is_finite, weight_of
+from lora_core.baking_file import write_single_file
 from lora_core.base_weights import bias_of
 from lora_core.deltas import Delta
 from lora_core.deltas.bias import WithBias
@@ -28,14 +29,12 @@ from lora_core.families import check_belongs
 from lora_core.folding import fold, fold_bias
 from lora_core.formats.files import read_adapter
 from lora_core.formats.metadata import MODELSPEC, without_paths
-from lora_core.ldm_names import as_in_file, ldm_keys
 from lora_core.mix import AdapterWeight, WeightValue
 from lora_core.model_weights import ModelWeights, weights_of
 from lora_core.models import find_base
 from lora_core.replication import read_map
 from lora_core.safe_files import stream_tensors
 from lora_core.safe_writes import write_folder_atomic
-from lora_core.single_file import refuse_unlike
 from lora_core.worn import wear
 
 FROM = "lora_loom.baked"  # metadata: JSON, which LoRAs and at which weights
@@ -87,17 +86,17 @@ def bake(
         raise ConfigError(f"dtype = {dtype} cannot hold a model: use float16, bfloat16 or float32 of torch.")
     if out.exists():
         raise LoraError(f"{out} exists already. Choose another name, or remove it first.")
-    weights = weights_of(base, pristine=True)
-    model = _Fused(weights, loras, dtype)
+    weights = weights_of(base, pristine=True, settled=True)
+    model = Fused(weights, loras, dtype)
     facts = {**_facts(weights, model.said), **{k: without_paths(v) for k, v in (metadata or {}).items()}}
     if out.suffix == ".safetensors":
-        _write_file(model, out, facts)
+        write_single_file(model, out, facts)
     else:
         write_folder_atomic(out, lambda folder: _write_folder(model, folder, facts))
     return Baked(out, len(model.changes), model.unused)
 
 
-class _Fused:
+class Fused:
     """The new model's tensors, each made when it is asked for."""
 
     def __init__(self, weights: ModelWeights, loras: Loras, dtype: torch.dtype | None) -> None:
@@ -202,33 +201,10 @@ def _facts(weights: ModelWeights, said: list[dict[str, Any]]) -> dict[str, str]:
     }
 
 
-# --- one file ------------------------------------------------------------------------------------------------
-
-
-def _write_file(model: _Fused, out: Path, facts: Mapping[str, str]) -> None:
-    weights = model.weights
-    if weights.family.key != "sd1":
-        raise ConfigError(
-            f"{weights.name} is {weights.family.title}; one file is written for SD 1.x only. Give a folder's name, "
-            "without .safetensors."
-        )
-    places = {
-        key: (component, name)
-        for component in weights.models
-        for name, key in ldm_keys(component, model.names(component)).items()
-    }
-    outlines = {}
-    for key, place in places.items():
-        dtype, shape = model.outline(*place)
-        outlines[key] = dtype, tuple(as_in_file(key, torch.empty(shape, device="meta")).shape)
-    refuse_unlike(outlines, dict(facts), weights.pipeline, out.name)
-    stream_tensors(out, outlines, lambda key: as_in_file(key, model.tensor(*places[key])), facts)
-
-
 # --- a folder ------------------------------------------------------------------------------------------------
 
 
-def _write_folder(model: _Fused, folder: Path, facts: Mapping[str, str]) -> None:
+def _write_folder(model: Fused, folder: Path, facts: Mapping[str, str]) -> None:
     pipeline = model.weights.pipeline
     for component in model.components():
         (folder / component).mkdir()

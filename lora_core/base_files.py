@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from lora_core.errors import FileRefused
 from lora_core.families import by, compatible
-from lora_core.safe_files import Header, read_header, read_tensors
+from lora_core.ldm_names import Key
+from lora_core.safe_files import Header, read_header, read_rows, read_tensors
 from lora_core.safe_header import DTYPES
 
 _OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -40,10 +41,10 @@ _BUFFERS = re.compile(r"(.*\.)?position_ids")  # 0..76, which the model counts b
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """One component on disk: live parameter name -> (file, key), and the shape it has in the model."""
+    """One component on disk: live parameter name -> (file, where in it), and the shape it has in the model."""
 
     component: str
-    places: dict[str, tuple[Header, str]]
+    places: dict[str, tuple[Header, Key]]
     shapes: dict[str, tuple[int, ...]]
     unused: tuple[str, ...] = ()
 
@@ -59,11 +60,16 @@ class Stored:
     def tensor(self, name: str) -> Tensor:
         """One of them, read now. Changed files are not noticed: see check_unchanged."""
         header, key = self.places[name]
-        return read_tensors(header, [key])[key].reshape(self.shapes[name])
+        if key.of > 1:
+            rows = header.tensors[key.name].shape[0] // key.of
+            tensor = read_rows(header, key.name, key.part * rows, (key.part + 1) * rows)
+        else:
+            tensor = read_tensors(header, [key.name])[key.name]
+        return (tensor.T.contiguous() if key.transposed else tensor).reshape(self.shapes[name])
 
     def dtype(self, name: str) -> torch.dtype:
         header, key = self.places[name]
-        return DTYPES[header.tensors[key].dtype]
+        return DTYPES[header.tensors[key.name].dtype]
 
     def check_unchanged(self) -> None:
         """Raise FileRefused if a file is no longer the one that was opened."""
@@ -72,7 +78,7 @@ class Stored:
                 raise FileRefused(f"{path.name} has changed on disk since it was opened. Open it again.")
 
 
-def locate(component: str, model: nn.Module, keys: Mapping[str, str], headers: Iterable[Header]) -> Stored:
+def locate(component: str, model: nn.Module, keys: Mapping[str, Key], headers: Iterable[Header]) -> Stored:
     """Find every parameter of `model` (on any device, meta too) under its key. `keys`: live name -> key.
 
     Raises FileRefused naming the first tensor that is missing, of another shape, or quantised.
@@ -83,32 +89,33 @@ def locate(component: str, model: nn.Module, keys: Mapping[str, str], headers: I
     places, shapes = {}, {}
     for name, parameter in model.named_parameters():
         key, shape = keys[name], tuple(parameter.shape)
-        if key not in held:
+        if key.name not in held:
             raise FileRefused(
-                f"{files} lacks {key}, which its {component} needs: the file is incomplete or of another "
+                f"{files} lacks {key.name}, which its {component} needs: the file is incomplete or of another "
                 "kind of model. Download it again, or open another."
             )
-        info = held[key].tensors[key]
-        if not compatible(info.shape, shape):
+        info = held[key.name].tensors[key.name]
+        whole = (shape[0] * key.of, *shape[1:]) if not key.transposed else shape[::-1]
+        if not compatible(info.shape, whole):
             raise FileRefused(
-                f"{key} in {files} is {by(info.shape)}; {by(shape)} was expected from the rest of the "
+                f"{key.name} in {files} is {by(info.shape)}; {by(whole)} was expected from the rest of the "
                 "model. The file is of another kind of model, or damaged. Open another."
             )
         if not DTYPES[info.dtype].is_floating_point:
             raise FileRefused(
-                f"{key} in {files} is stored as {info.dtype}, quantised for another program; F16, BF16 or "
+                f"{key.name} in {files} is stored as {info.dtype}, quantised for another program; F16, BF16 or "
                 "F32 was expected. Open a file that is not quantised."
             )
-        places[name], shapes[name] = (held[key], key), shape
-    used = {key for _, key in places.values()}
+        places[name], shapes[name] = (held[key.name], key), shape
+    used = {key.name for _, key in places.values()}
     unused = tuple(key for key in held if key not in used and not _BUFFERS.fullmatch(key))
     return Stored(component, places, shapes, unused)
 
 
-def folder_keys(names: Iterable[str], headers: Iterable[Header]) -> dict[str, str]:
+def folder_keys(names: Iterable[str], headers: Iterable[Header]) -> dict[str, Key]:
     """Live name -> the spelling these files use for it; a name they do not have at all stays as it is."""
     held = {key for header in headers for key in header.tensors}
-    return {name: next((s for s in _spellings(name) if s in held), name) for name in names}
+    return {name: Key(next((s for s in _spellings(name) if s in held), name)) for name in names}
 
 
 def _spellings(name: str) -> Iterator[str]:

@@ -5,20 +5,29 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from lora_core.plain_text import sentence
+
 
 class LoraError(Exception):
     """Base of every error a user may meet. `str(error)` is one message for a tired artist, no traceback needed."""
 
 
-class FileRefused(LoraError):
+class AboutFile(LoraError):
+    """Quotes names out of a file: nothing in it may steer a terminal."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(sentence(text))
+
+
+class FileRefused(AboutFile):
     """A file is damaged, unsafe, or not what was asked for. Nothing was changed."""
 
 
-class WrongFamily(LoraError):
+class WrongFamily(AboutFile):
     """A LoRA and a base model do not belong together."""
 
 
-class NotFinite(LoraError):
+class NotFinite(AboutFile):
     """NaN or Inf where numbers are needed."""
 
 

@@ -67,7 +67,7 @@ def extract(
     check_rank(rank, energy, clamp)
     if others not in ("name", "store"):
         raise ConfigError(f'others = "{others}" is unknown. Use "name" or "store".')
-    before, after = weights_of(base), weights_of(tuned)
+    before, after = weights_of(base), weights_of(tuned, settled=True)
     _check_alike(before, after)
     wanted = _wanted(before, targets, exclude)
     made = _Made()

@@ -22,6 +22,7 @@ from lora_core.families import Family, check_belongs, family_of_adapter
 from lora_core.formats.assembly import ranks_and_alphas
 from lora_core.formats.files import headers_of
 from lora_core.formats.kinds import kind_of_delta
+from lora_core.plain_text import plain
 from lora_core.replication import Stacks, all_standing
 from lora_core.safe_files import Hashes, hashes_of
 from lora_core.unet_blocks import block_of
@@ -133,7 +134,7 @@ class Coverage:
 
     def __str__(self) -> str:
         parts = ", ".join(f"{c} {m} of {n}" for c, (m, n) in self.by_component.items())
-        tail = f"; not used: {', '.join(self.unused)}" if self.unused else ""
+        tail = f"; not used: {', '.join(plain(key, 200) for key in self.unused)}" if self.unused else ""
         words = f"new words: {', '.join(self.words)}" if self.words else ""
         layers = f"{self.matched} of {self.total} layers ({parts})" if self.total else ""
         return "; ".join(filter(None, (layers, words))) + tail

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from lora_core.adapter import COMPONENTS, Adapter, file_path
 from lora_core.base_files import Stored
 from lora_core.errors import LoraError, NotLoaded
 from lora_core.families import Family, check_belongs, family_of_unet
-from lora_core.models import OpenedBase, find_base
+from lora_core.models import FoundBase, OpenedBase, find_base
+from lora_core.safe_files import Header
 
 PARTS = (*COMPONENTS, "vae")
 
@@ -30,6 +31,7 @@ class ModelWeights:
     parameter name) gives a tensor in the model's shape and in the dtype it is stored in.
 
     pipeline    a diffusers pipeline of these models, for its scheduler, tokenizers and configuration
+    unplaced    tensors of its files that are no parameters of it: key -> file
     """
 
     name: str
@@ -38,6 +40,7 @@ class ModelWeights:
     read: Callable[[str, str], Tensor]
     dtype_of: Callable[[str, str], torch.dtype]  # without reading it
     pipeline: Any
+    unplaced: Mapping[str, Header] = field(default_factory=dict)
 
     @property
     def v_prediction(self) -> bool:
@@ -48,20 +51,23 @@ class ModelWeights:
         return _Layers(self)
 
 
-def weights_of(source: Any, *, pristine: bool = False) -> ModelWeights:
-    """`source`: all that `open_base` takes, or an opened model (OpenedBase, LivePipeline, a diffusers pipeline).
+def weights_of(source: Any, *, pristine: bool = False, settled: bool = False) -> ModelWeights:
+    """`source`: all that `open_base` takes, a FoundBase, or an opened model (OpenedBase, LivePipeline, a diffusers
+    pipeline). With `settled`, what the UNet of a file predicts is measured where the file does not say it.
 
     An opened model gives the weights it has now: what LoRAs on the rack add is not in them, what is fused is. With
     `pristine` one that was opened from files gives what stands in these. Raises FileRefused, and LoraError for
     weights that are not there (offloaded, quantised).
     """
     if isinstance(source, str | Path):
-        found = find_base(source)
+        source = find_base(source)
+    if isinstance(source, FoundBase):
+        found = source.settled() if settled else source
         return _stored(found.name, found.family, found.stored, found.pipeline)
     pipeline = getattr(source, "pipeline", source)
     opened = source if isinstance(source, OpenedBase) else getattr(source, "opened", None)
     if pristine and opened is not None and opened.quantised:  # the live modules are packed
-        found = find_base(opened.path)
+        found = find_base(opened.path, prediction=pipeline.scheduler.config.prediction_type)
         return _stored(opened.name, found.family, found.stored, found.pipeline)
     if pristine and opened is not None:
         return _stored(opened.name, opened.family, opened.stored, pipeline)
@@ -128,7 +134,15 @@ def _stored(name: str, family: Family, parts: tuple[Stored, ...], pipeline: Any)
         lambda component, key: stored[component].tensor(key),
         lambda component, key: stored[component].dtype(key),
         pipeline,
+        _unplaced(parts),
     )
+
+
+def _unplaced(parts: tuple[Stored, ...]) -> dict[str, Header]:
+    places = [place for part in parts for place in part.places.values()]
+    used = {(header.path, key.name) for header, key in places}
+    headers = {header.path: header for header, _ in places}
+    return {key: h for path, h in headers.items() for key in h.tensors if (path, key) not in used}
 
 
 class _Layers(Mapping[str, nn.Module]):

@@ -2,7 +2,7 @@
 
     "demo"                           the small model that comes with the program
     folder                           diffusers' layout (model_index.json), SD 1.x, SD 2.x or SDXL
-    file.safetensors                 an SD 1.x checkpoint as civitai has them; opened without any network
+    file.safetensors                 a checkpoint of one of these as civitai has them; opened without any network
     owner/name                       a diffusers repository of the Hugging Face hub, downloaded once
 
 Weights are read by safe_files and never mapped, into modules built on the meta device: at no time are there
@@ -17,7 +17,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
-    DDIMScheduler,
     SchedulerMixin,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -48,20 +47,19 @@ from lora_core.base_files import (
     weight_files,
 )
 from lora_core.clip_vocabulary import SIZE, clip_merges, clip_vocabulary
-from lora_core.errors import FileRefused
-from lora_core.families import Family, family_of_unet
-from lora_core.ldm_names import ldm_keys
+from lora_core.errors import FileRefused, LoraError
+from lora_core.families import FAMILIES, Family, family_of_unet
+from lora_core.prediction import NAMES, check, measured, told_beside
 from lora_core.quantised import Quantised, quantise, refuse_unknown
 from lora_core.safe_files import read_header
-from lora_core.single_file import describe
+from lora_core.single_file import PADS, TOKENIZERS, describe
 
 DEMO = Path(__file__).resolve().parent.parent / "presets" / "demo" / "base"
-SINGLE = ("unet", "vae", "text_encoder")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["model_index.json", "scheduler/*.json", "tokenizer*/*", "*/config.json"]
-# A model's parts by name (modules still on the meta device), where their weights lie, and what is left over.
-Found = tuple[dict[str, Any], tuple[Stored, ...], tuple[str, ...]]
+# SD 2's base models drew at 512 pixels, its v models at 768: sides of a latent.
+_SD2_SIDES = {"epsilon": 64, "v_prediction": 96}
 Build = Callable[[dict[str, Any]], nn.Module]
 _BUILDERS: dict[str, Build] = {
     "UNet2DConditionModel": UNet2DConditionModel.from_config,
@@ -88,6 +86,7 @@ class OpenedBase:
     unused      tensors of the files that belong to nothing in this model, by key
     stored      where each parameter lies
     quantised   what keeping the base in fewer bits did, if that was asked for
+    notes       what was found out about it that its files do not say, in sentences for its user
     """
 
     pipeline: Any
@@ -97,6 +96,7 @@ class OpenedBase:
     unused: tuple[str, ...] = ()
     stored: tuple[Stored, ...] = field(default=(), repr=False)
     quantised: Quantised | None = None
+    notes: tuple[str, ...] = ()
 
     @functools.cached_property
     def model_hash(self) -> str | None:
@@ -125,7 +125,10 @@ class OpenedBase:
 @dataclass(frozen=True, eq=False)
 class FoundBase:
     """A base model on disk, measured and checked, its weights not yet read: the modules of `parts` are on the meta
-    device."""
+    device.
+
+    told    whether it is known what the UNet predicts; else it has to be measured (`settled`)
+    """
 
     family: Family
     name: str
@@ -133,24 +136,41 @@ class FoundBase:
     parts: dict[str, Any]
     stored: tuple[Stored, ...]
     unused: tuple[str, ...]
+    told: bool = True
 
     @functools.cached_property
     def pipeline(self) -> Any:
         """A StableDiffusion(XL)Pipeline of the parts as they are."""
         return _assemble(self.parts)
 
+    def settled(self) -> FoundBase:
+        """Itself, with what the UNet predicts known: where it is not told, the model is opened for a moment."""
+        if self.told:
+            return self
+        scheduler = open_base(self.path).pipeline.scheduler
+        return find_base(self.path, prediction=scheduler.config.prediction_type)
 
-def find_base(source: str | Path) -> FoundBase:
-    """`open_base` without its last step, for those who want a few tensors or none. Raises FileRefused."""
+
+def find_base(source: str | Path, *, prediction: str | None = None) -> FoundBase:
+    """`open_base` without its last step, for those who want a few tensors or none. Raises FileRefused, ConfigError."""
+    check(prediction)
     name, path = _find(source)
-    parts, stored, unused = _folder(path) if path.is_dir() else _single(path)
-    family = family_of_unet(parts["unet"])
-    if (family.key == "sdxl") != ("text_encoder_2" in parts):
+    found = _folder(path, name) if path.is_dir() else _single(path, name)
+    if (found.family.key == "sdxl") != ("text_encoder_2" in found.parts):
         raise FileRefused(
-            f"{name} has the UNet of {family.title} but not its text encoders: its parts belong to different "
+            f"{name} has the UNet of {found.family.title} but not its text encoders: its parts belong to different "
             "models. Download it again."
         )
-    return FoundBase(family, name, path, parts, stored, unused)
+    return _predicting(found, prediction) if prediction else found
+
+
+def _predicting(found: FoundBase, prediction: str) -> FoundBase:
+    """The same whose UNet is known to predict this; the size of its pictures follows where nothing says it."""
+    own = found.parts["scheduler"]
+    found.parts["scheduler"] = type(own).from_config(own.config, prediction_type=prediction)
+    if found.family.key == "sd2" and not found.path.is_dir():
+        found.parts["unet"].register_to_config(sample_size=_SD2_SIDES[prediction])
+    return replace(found, told=True)
 
 
 def open_base(
@@ -159,25 +179,32 @@ def open_base(
     device: Any = None,
     dtype: torch.dtype | None = None,
     quantize: str | None = None,
+    prediction: str | None = None,
 ) -> OpenedBase:
-    """Open "demo", a diffusers folder, an SD 1.x .safetensors file or a hub id.
+    """Open "demo", a diffusers folder, a single .safetensors checkpoint or a hub id.
 
     device None is the best there is (cuda, mps, cpu); dtype None is fp16 on cuda and fp32 elsewhere. `quantize`
     "nf4", "int8" or "fp8" keeps the UNet and the text encoders in fewer bits (quantised.py); they are read into main
-    memory and packed on their way to the device. Raises LoraError where that cannot be, and FileRefused, whose
-    sentence says what was found, what was expected and what to do. Tensors that nothing needs are named in a warning
-    and in `unused`.
+    memory and packed on their way to the device. `prediction` "epsilon" or "v_prediction" is what the UNet predicts,
+    against whatever the files say; where they say nothing and it is not given, it is measured (prediction.py).
+
+    Raises LoraError where a model cannot be quantised or its prediction is not clear, and FileRefused, whose sentence
+    says what was found, what was expected and what to do. Tensors that nothing needs are named in a warning and in
+    `unused`.
     """
     device = torch.device(device) if device is not None else _best_device()
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
-    found = find_base(source)
+    found = find_base(source, prediction=prediction)
     refuse_unknown(quantize)
     for part in found.stored:  # now that nothing can be refused any more: this reads gigabytes
         fill(found.parts[part.component], part, device="cpu" if quantize else device, dtype=dtype)
     models = {c: found.parts[c] for c in COMPONENTS if c in found.parts}
     packed = quantise(models, quantize, device) if quantize else None
-    pipeline = found.pipeline
-    pipeline.to(device)  # weights are there already: this moves the buffers
+    _assemble(found.parts).to(device)  # weights are there already: this moves the buffers
+    notes: tuple[str, ...] = ()
+    if not found.told:
+        found, note = _measure(found)
+        notes = (note,)
     if found.unused:
         shown = ", ".join(found.unused[:5]) + (
             f" and {len(found.unused) - 5} more" if len(found.unused) > 5 else ""
@@ -187,12 +214,30 @@ def open_base(
             f"not used: {shown}.",
             stacklevel=2,
         )
-    return OpenedBase(pipeline, found.family, found.name, found.path, found.unused, found.stored, packed)
+    return OpenedBase(
+        found.pipeline, found.family, found.name, found.path, found.unused, found.stored, packed, notes
+    )
 
 
-def clip_tokenizer() -> CLIPTokenizer:
-    """CLIP's tokenizer, from the vocabulary that is shipped; 77 tokens at most."""
-    return CLIPTokenizer(vocab=clip_vocabulary(), merges=list(clip_merges()), model_max_length=77)
+def _measure(found: FoundBase) -> tuple[FoundBase, str]:
+    """-> the same with what its UNet predicts, and how that was found out. LoraError where it is not clear."""
+    prediction, likeness = measured(_assemble(found.parts))
+    if prediction is None:
+        raise LoraError(
+            f"{found.name} does not say whether its UNet predicts noise or velocity, and trying it out does not tell "
+            f'(a correlation of {likeness:.2f}). Give prediction = "epsilon" or "v_prediction" (--prediction), or put '
+            f"{found.path.stem}.yaml with the line parameterization: v (or eps) beside it; 768-v models predict v."
+        )
+    return _predicting(found, prediction), (
+        f"{found.name} does not say what its UNet predicts; tried out, it is {NAMES[prediction]}."
+    )
+
+
+def clip_tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
+    """CLIP's tokenizer, from the vocabulary that is shipped; 77 tokens at most, filled up with `pad`."""
+    return CLIPTokenizer(
+        vocab=clip_vocabulary(), merges=list(clip_merges()), model_max_length=77, pad_token=pad
+    )
 
 
 def _assemble(parts: dict[str, Any]) -> Any:
@@ -256,7 +301,7 @@ def _download(hub_id: str) -> Path:
 # --- folders ---
 
 
-def _folder(folder: Path) -> Found:
+def _folder(folder: Path, name: str) -> FoundBase:
     index = model_index(folder)
     xl = index["_class_name"] == "StableDiffusionXLPipeline"
     components = [c for c in _EXPECTED if xl or c != "text_encoder_2"]
@@ -282,7 +327,7 @@ def _folder(folder: Path) -> Found:
         parts[tokenizer] = _tokenizer(folder / tokenizer)
     if xl:
         parts["force_zeros_for_empty_prompt"] = bool(index.get("force_zeros_for_empty_prompt", True))
-    return parts, tuple(stored), tuple(unused)
+    return FoundBase(family_of_unet(parts["unet"]), name, folder, parts, tuple(stored), tuple(unused))
 
 
 def _scheduler(folder: Path, name: str) -> Any:
@@ -317,25 +362,29 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
 # --- single files ---
 
 
-def _single(path: Path) -> Found:
+def _single(path: Path, name: str) -> FoundBase:
     header = read_header(path)
     file = describe(header)
-    configs = {"unet": file.unet, "vae": file.vae, "text_encoder": file.text_encoder}
     parts: dict[str, Any] = {}
     stored = []
-    for component in SINGLE:
-        model = _build(_EXPECTED[component], configs[component], path.name)
-        keys = ldm_keys(component, [name for name, _ in model.named_parameters()])
-        stored.append(locate(component, model, {n: file.key(k) for n, k in keys.items()}, [header]))
+    for component, config in file.configs.items():
+        model = _build(_EXPECTED[component], config, path.name)
+        keys = file.keys(component, [name for name, _ in model.named_parameters()])
+        stored.append(locate(component, model, keys, [header]))
         parts[component] = model
-    unused = file.leftovers({key for part in stored for _, key in part.places.values()})
+    unused = file.leftovers({key.name for part in stored for _, key in part.places.values()})
     _refuse_other_unet(
         path.name, Stored("unet", {}, {}, tuple(k for k in unused if k.startswith("model.diffusion_model.")))
     )
-    if file.text_encoder["vocab_size"] > SIZE:
-        unused += (f"words {SIZE} to {file.text_encoder['vocab_size'] - 1} of the text encoder",)
-    parts |= {"tokenizer": clip_tokenizer(), "scheduler": DDIMScheduler.from_config(file.scheduler)}
-    return parts, tuple(stored), unused
+    for component in set(file.configs) - {"unet", "vae"}:
+        if (words := file.configs[component]["vocab_size"]) > SIZE:
+            unused += (f"words {SIZE} to {words - 1} of {component}",)
+    settings = dict(file.scheduler)
+    parts["scheduler"] = getattr(diffusers, settings.pop("class")).from_config(settings)
+    parts |= {which: clip_tokenizer(pad) for which, pad in zip(TOKENIZERS, PADS[file.family], strict=False)}
+    told = told_beside(path) or file.told
+    found = FoundBase(FAMILIES[file.family], name, path, parts, tuple(stored), unused, told is not None)
+    return _predicting(found, told) if told else found
 
 
 def _build(kind: str, config: dict[str, Any], where: str) -> nn.Module:

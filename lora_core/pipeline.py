@@ -53,10 +53,12 @@ class LivePipeline(MeasuredMix):
         device: Any = None,
         dtype: torch.dtype | None = None,
         quantize: str | None = None,
+        prediction: str | None = None,
     ) -> LivePipeline:
         """`source`: "demo", a diffusers folder, a single .safetensors checkpoint, or a hub id. `quantize`: "nf4",
-        "int8" or "fp8" keep the base in fewer bits."""
-        opened = open_base(source, device=device, dtype=dtype, quantize=quantize)
+        "int8" or "fp8" keep the base in fewer bits. `prediction`: "epsilon" or "v_prediction", against what the base
+        says of itself."""
+        opened = open_base(source, device=device, dtype=dtype, quantize=quantize, prediction=prediction)
         return cls(opened.pipeline, opened=opened)
 
     @property

@@ -43,6 +43,9 @@ _LISTS = ("weights", "sheet_weights", "sheet_seeds")
 class Recipe:
     base: str = "demo"
     quantize: str | None = None  # "nf4", "int8" or "fp8": the base in fewer bits
+    prediction: str | None = (
+        None  # "epsilon" or "v_prediction": what the base's UNet predicts, if it says otherwise
+    )
     prompt: str = ""
     negative_prompt: str = ""
     seed: int = 0
@@ -161,8 +164,9 @@ def make(recipe: Recipe) -> Iterator[str]:
     cells = recipe.cells()
     if cells:
         checked(request, cells)
-    pipe = LivePipeline.open(recipe.base, quantize=recipe.quantize)
+    pipe = LivePipeline.open(recipe.base, quantize=recipe.quantize, prediction=recipe.prediction)
     yield f"{pipe.base_name}: {pipe.family.title}"
+    yield from pipe.opened.notes if pipe.opened else ()
     names: dict[str, WeightValue] = {}
     for file, weight in recipe.loras.items():
         name = Path(file).stem

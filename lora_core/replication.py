@@ -38,7 +38,7 @@ def read_map(metadata: Mapping[str, str]) -> Map:
     try:
         found = json.loads(metadata.get(KEY, "{}"))
         return {str(path): checked(str(path), ranges) for path, ranges in found.items()}
-    except (ValueError, TypeError, AttributeError) as problem:
+    except (ValueError, TypeError, AttributeError, RecursionError) as problem:
         raise LoraError(
             f"This LoRA is for replicated layers, and its map of them is damaged ({problem}). Get the file again."
         ) from problem
@@ -60,8 +60,8 @@ def checked(path: str, ranges: Sequence[Sequence[int]]) -> Ranges:
         len(p) != 2 or not all(type(n) is int for n in p) or not 0 <= p[0] < p[1] for p in pairs
     ):
         raise ConfigError(
-            f"layer_replication of {path} is {ranges!r}; pairs (start, end) with 0 <= start < end were expected, such "
-            "as ((0, 4), (2, 5))."
+            f"layer_replication of {path} is {str(ranges)[:80]}; pairs (start, end) with 0 <= start < end were "
+            "expected, such as ((0, 4), (2, 5))."
         )
     if sum(end - start for start, end in pairs) > MOST:
         raise ConfigError(f"layer_replication of {path} makes more than {MOST} layers. Use shorter ranges.")

@@ -30,6 +30,7 @@ __all__ = [
     "hashes_of",
     "read_header",
     "read_raw",
+    "read_rows",
     "read_tensors",
     "save_tensors",
     "serialized",
@@ -63,6 +64,17 @@ def read_raw(header: Header, infos: Iterable[TensorInfo]) -> bytes:
     with opened(header.path) as file:
         spans = ((header.data_start + info.start, info.end - info.start) for info in infos)
         return b"".join([read_bytes(file, start, count, header.path) for start, count in spans])
+
+
+def read_rows(header: Header, name: str, first: int, last: int) -> Tensor:
+    """Rows `first` to `last` (not included) of one tensor, and no others, as `read_tensors` would give them."""
+    info = header.tensors[name]
+    step = (info.end - info.start) // info.shape[0]
+    data = torch.empty((last - first) * step, dtype=torch.uint8)
+    with opened(header.path) as file:
+        start = header.data_start + info.start + first * step
+        read_into(file, start, memoryview(data.numpy().data), header.path)
+    return data.view(DTYPES[info.dtype]).reshape(last - first, *info.shape[1:])
 
 
 def tensors_sha256(source: Header | Path | str) -> str:

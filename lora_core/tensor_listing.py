@@ -25,6 +25,8 @@ MAX_TENSORS = 20_000
 MAX_METADATA = 20_000  # entries
 MAX_DIM = 2**24
 MAX_DIMS = 8
+# Tensors without elements, as checkpoints of v models have them: that they are there is all they say.
+MARKERS = ("v_pred", "ztsnr")
 MAX_NAME = 1000  # characters; real names have fewer than 200, and patterns are matched against them
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -210,7 +212,7 @@ def _tensor_info_or_why(name: str, entry: object, path: Path) -> TensorInfo:
         )
     if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(type(n) is int for n in shape):
         raise FileRefused(f"{where}: its shape is not a list of at most {MAX_DIMS} whole numbers. {AGAIN}")
-    if not all(1 <= n <= MAX_DIM for n in shape):
+    if not all(1 <= n <= MAX_DIM for n in shape) and not (name in MARKERS and shape == [0]):
         raise FileRefused(
             f"{where}: shape {shape} has a side that is not between 1 and {MAX_DIM:,}. Do not use it."
         )
@@ -233,7 +235,7 @@ def _check_layout(tensors: dict[str, TensorInfo], path: Path) -> int:
             f"{path.name} lists {len(tensors):,} tensors, more than {MAX_TENSORS:,}. Do not use it."
         )
     position = 0
-    for name, info in sorted(tensors.items(), key=lambda item: item[1].start):
+    for name, info in sorted(tensors.items(), key=lambda item: item[1][2:]):
         if info.start != position:
             raise FileRefused(
                 f'{path.name}, tensor "{name[:80]}" begins at byte {info.start:,} where {position:,} was '

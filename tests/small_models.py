@@ -2,7 +2,7 @@
 
     pipe = small_pipeline("sd1")                        # StableDiffusionPipeline, works end to end
     pipe = small_pipeline("sdxl", text_layers=4)        # deeper text encoders where a test wants them
-    pipe = small_pipeline("sd1", clip_vocabulary=True)  # CLIP's own 49,408 tokens, as a single file needs
+    pipe = small_pipeline("sd1", clip_vocabulary=True)  # CLIP's own 49,408 tokens, and what else a single file needs
     save_folder(pipe, path); save_ldm_single_file(pipe, path)
 
 Pictures are 128 x 128, so that the innermost 2 x 2 latent still has something to attend to: with one token a
@@ -26,7 +26,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from trainers.demo_models import new_tokenizer
@@ -47,7 +47,8 @@ def small_pipeline(
 ) -> Any:
     """-> a diffusers pipeline of `family` on the CPU, in eval mode, its modules shared with no other call.
 
-    `text_layers`: of each text encoder; `clip_vocabulary`: CLIP's tokenizer in place of a small one."""
+    `text_layers`: of each text encoder; `clip_vocabulary`: CLIP's tokenizer in place of a small one, and heads and
+    groups as a single file means them without saying so."""
     template = _template(family, seed, text_layers, clip_vocabulary)
     own = ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler")
     parts = {k: copy.deepcopy(v) if k in own else v for k, v in template.items()}
@@ -72,26 +73,48 @@ def save_folder(pipe: Any, path: Path) -> Path:
 
 
 def save_ldm_single_file(pipe: Any, path: Path, metadata: dict[str, str] | None = None) -> Path:
-    """An SD 1.x pipeline as one `.safetensors` in the layout of the original checkpoints -> its path."""
-    from lora_core.ldm_names import as_in_file, ldm_keys  # noqa: PLC0415 - this module must load without it
-
-    tensors = {}
-    for component in ("unet", "vae", "text_encoder"):
-        state = getattr(pipe, component).state_dict()
-        for name, key in ldm_keys(component, state).items():
-            tensors[key] = as_in_file(key, state[name]).clone().contiguous()
-    save_file(tensors, path, metadata=metadata)
+    """A pipeline as one `.safetensors` in the layout of the original checkpoints -> its path."""
+    save_file(ldm_tensors(pipe), path, metadata=metadata)
     return Path(path)
+
+
+def ldm_tensors(pipe: Any) -> dict[str, Tensor]:
+    """As the original checkpoints have them; SD 2's with the last layer of OpenCLIP that no Stable Diffusion uses."""
+    from lora_core.families import family_of_unet  # noqa: PLC0415 - this module must load without them
+    from lora_core.ldm_names import PREFIXES, as_in_file, ldm_keys  # noqa: PLC0415
+
+    family = family_of_unet(pipe.unet).key
+    found: dict[str, dict[int, Tensor]] = {}
+    for component in PREFIXES[family]:
+        state = getattr(pipe, component).state_dict()
+        for name, key in ldm_keys(family, component, state).items():
+            found.setdefault(key.name, {})[key.part] = state[name]
+    tensors = {
+        k: as_in_file(k, [parts[n] for n in sorted(parts)]).clone().contiguous() for k, parts in found.items()
+    }
+    if family == "sd2":
+        layers = f"{PREFIXES['sd2']['text_encoder']}transformer.resblocks."
+        last = pipe.text_encoder.config.num_hidden_layers - 1
+        tensors |= {
+            k.replace(f"{layers}{last}.", f"{layers}{last + 1}."): torch.randn(t.shape).to(t.dtype)
+            for k, t in tensors.items()
+            if k.startswith(f"{layers}{last}.")
+        }
+    return tensors
 
 
 @functools.cache
 def _template(family: str, seed: int, text_layers: int, clip_vocabulary: bool) -> dict[str, Any]:
-    tokenizer = _tokenizer(clip_vocabulary)
-    parts: dict[str, Any] = {"tokenizer": tokenizer, "vae": _vae(family), "unet": _unet(family)}
+    tokenizer = _tokenizer(clip_vocabulary, "!" if family == "sd2" else "<|endoftext|>")
+    parts: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "vae": _vae(family),
+        "unet": _unet(family, clip_vocabulary),
+    }
     act = "quick_gelu" if family != "sd2" else "gelu"
     parts["text_encoder"] = CLIPTextModel(_text_config(tokenizer, TEXT_WIDTH, text_layers, act))
     if family == "sdxl":
-        parts["tokenizer_2"] = tokenizer
+        parts["tokenizer_2"] = _tokenizer(clip_vocabulary, "!")
         parts["text_encoder_2"] = CLIPTextModelWithProjection(
             _text_config(tokenizer, TEXT_WIDTH_2, text_layers, "gelu")
         )
@@ -105,11 +128,12 @@ def _template(family: str, seed: int, text_layers: int, clip_vocabulary: bool) -
 
 
 @functools.cache
-def _tokenizer(clip_vocabulary: bool) -> CLIPTokenizer:
+def _tokenizer(clip_vocabulary: bool, pad: str) -> CLIPTokenizer:
+    """OpenCLIP fills short prompts with token 0, which is "!" in CLIP's own vocabulary."""
     if clip_vocabulary:
         from lora_core.models import clip_tokenizer  # noqa: PLC0415 - this module must load without it
 
-        return clip_tokenizer()
+        return clip_tokenizer(pad)
     return new_tokenizer(77)
 
 
@@ -155,7 +179,8 @@ def _vae(family: str) -> AutoencoderKL:
     )
 
 
-def _unet(family: str) -> UNet2DConditionModel:
+def _unet(family: str, single: bool) -> UNet2DConditionModel:
+    groups = 32 if single or family == "sd1" else 8
     if family == "sdxl":
         return UNet2DConditionModel(
             sample_size=LATENT,
@@ -165,12 +190,12 @@ def _unet(family: str) -> UNet2DConditionModel:
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             transformer_layers_per_block=[1, 2, 10],
             cross_attention_dim=TEXT_WIDTH + TEXT_WIDTH_2,
-            attention_head_dim=[2, 4, 4],
+            attention_head_dim=[1, 1, 1] if single else [2, 4, 4],  # heads; of 64 channels in a single file
             use_linear_projection=True,
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=TEXT_WIDTH_2 + 6 * 8,
-            norm_num_groups=8,
+            norm_num_groups=groups,
         )
     return UNet2DConditionModel(
         sample_size=LATENT,
@@ -179,10 +204,9 @@ def _unet(family: str) -> UNet2DConditionModel:
         down_block_types=(*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
         up_block_types=("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
         cross_attention_dim=TEXT_WIDTH,
-        # 8 heads and 32 groups are what an SD 1.x single file means without saying so
-        attention_head_dim=8 if family == "sd1" else [2, 4, 4, 4],
+        attention_head_dim=8 if family == "sd1" else [1, 1, 1, 1] if single else [2, 4, 4, 4],
         use_linear_projection=family == "sd2",
-        norm_num_groups=32 if family == "sd1" else 8,
+        norm_num_groups=groups,
     )
 
 

@@ -62,7 +62,12 @@ def prepare(config: TrainConfig, folder: RunFolder, stop: StopRequest, emit: eve
     name = precision(config)
     accelerator = Accelerator(mixed_precision=MIXED[name])
     quantize = None if config.train.quantize == "none" else config.train.quantize
-    opened = open_base(config.base, device=accelerator.device, dtype=DTYPES[name], quantize=quantize)
+    prediction = None if config.prediction == "auto" else config.prediction
+    opened = open_base(
+        config.base, device=accelerator.device, dtype=DTYPES[name], quantize=quantize, prediction=prediction
+    )
+    for note in opened.notes:
+        emit(events.Note(text=note))
     if opened.quantised is not None:
         emit(events.Note(text=str(opened.quantised)))
     pipeline = opened.pipeline

@@ -356,6 +356,9 @@ class TrainConfig(Table):
     """Name of the run and of the LoRA file."""
     base: BaseName = "demo"
     """Base model: "demo", a Hugging Face id, or a folder or .safetensors file (begin with ./ or /)."""
+    prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
+    """What the base model's UNet predicts. "auto": what its files say or, where they say nothing, what it is found to
+    do when it is tried out."""
     output: AnyPath = Path("runs")
     """Runs are written to a folder of their own in here."""
     seed: Seed = 0

@@ -168,7 +168,7 @@ def _with_magnitude(inner: Delta, layer: Layer, magnitude_is_output: bool) -> Wi
     magnitude, shape = layer.factor("magnitude"), inner.shape()
     if magnitude_is_output and magnitude.numel() == shape[0]:
         magnitude = output_column(magnitude, shape)
-    elif not _fits(magnitude, shape):
+    if not _fits(magnitude, shape):
         raise FileRefused(
             f"{layer.file}, {layer.keys['magnitude']}: a magnitude of shape {tuple(magnitude.shape)} fits "
             f"neither the {shape[0]} outputs nor the {shape[1]} inputs of its layer. Download or copy the "

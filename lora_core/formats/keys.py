@@ -2,7 +2,7 @@
 
     down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0     diffusers, dotted
     down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0     kohya: every dot is an underscore
-    input_blocks_4_1_transformer_blocks_0_attn1_to_out_0               kohya for SDXL: see sgm_names
+    input_blocks_4_1_transformer_blocks_0_attn1_to_out_0               kohya for SDXL: see ldm_names
 
 The second form is ambiguous: `to_out_0` could be `to.out.0` as well. It is resolved by shape: with every
 number replaced by `#`, each flattened name equals exactly one template of the grammar below, and the template
@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from lora_core.formats import sgm_names
+from lora_core import ldm_names
 
 _TRANSFORMER = (
     "norm",
@@ -110,8 +110,8 @@ def adapter_path(component: str, name: str) -> str | None:
         path = name if shape in _DOTTED[component] else None
     else:
         path = _fill(_TEMPLATES[component].get(shape), name)
-    if path is not None and component == "unet" and sgm_names.is_sgm(path):
-        path = sgm_names.to_diffusers(path)
+    if path is not None and component == "unet" and ldm_names.is_sgm(path):
+        path = ldm_names.to_diffusers(path)
     return None if path is None else f"{component}.{path}"
 
 

@@ -32,8 +32,8 @@ from lora_core.formats.assembly import BESIDE, Load, Part, Reading, alpha_tensor
 from lora_core.formats.keys import adapter_path, flattened
 from lora_core.formats.kinds import KINDS, kind_of_delta
 from lora_core.formats.metadata import with_hashes
-from lora_core.formats.sgm_names import to_sgm
 from lora_core.formats.words import bundled
+from lora_core.ldm_names import to_sgm
 from lora_core.safe_files import Header, read_tensors, save_tensors
 
 PREFIXES = {

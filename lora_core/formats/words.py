@@ -37,7 +37,7 @@ Places = dict[str, dict[str, str]]  # word -> component -> key
 def split(header: Header) -> tuple[Places, Header]:
     """-> where the words are, and the header without them. Keys of a bundle that are none stay, to be named."""
     places: Places = {}
-    if all(key in _PARTS for key in header.tensors):  # a file of one word
+    if header.tensors and all(key in _PARTS for key in header.tensors):  # a file of one word
         places[_of_file(header)] = {_PARTS[key]: key for key in header.tensors}
     elif len(header.tensors) == 1 and _is_row(header, key := next(iter(header.tensors))):
         places[key] = {"text_encoder": key}

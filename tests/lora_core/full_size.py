@@ -1,4 +1,5 @@
-"""The real models at full size, on the meta device: names, kinds and shapes of their layers."""
+"""The real models at full size, as their configurations are published, on the meta device: names, kinds and shapes of
+their layers."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -34,14 +35,16 @@ def models_of(family: str) -> dict[str, nn.Module]:
         "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
     }
     unets: dict[str, dict[str, Any]] = {
-        "sd1": {**sd, "cross_attention_dim": 768, "attention_head_dim": 8},
+        "sd1": {**sd, "sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
         "sd2": {
             **sd,
+            "sample_size": 96,
             "cross_attention_dim": 1024,
             "attention_head_dim": [5, 10, 20, 20],
             "use_linear_projection": True,
         },
         "sdxl": {
+            "sample_size": 128,
             "block_out_channels": (320, 640, 1280),
             "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * 2),
             "up_block_types": (*("CrossAttnUpBlock2D",) * 2, "UpBlock2D"),
@@ -55,21 +58,34 @@ def models_of(family: str) -> dict[str, nn.Module]:
         },
     }
 
-    def text(width: int, layers: int) -> CLIPTextConfig:
+    def text(width: int, layers: int, projection: int) -> CLIPTextConfig:
         return CLIPTextConfig(
             hidden_size=width,
             intermediate_size=4 * width,
             num_hidden_layers=layers,
             num_attention_heads=width // 64,
-            projection_dim=width,
+            projection_dim=projection,
+            hidden_act="quick_gelu" if width == 768 else "gelu",  # OpenAI's CLIP, and OpenCLIP
         )
 
     with torch.device("meta"):
         models: dict[str, nn.Module] = {"unet": UNet2DConditionModel(**unets[family])}
-        models["text_encoder"] = CLIPTextModel(text(1024, 23) if family == "sd2" else text(768, 12))
+        models["text_encoder"] = CLIPTextModel(text(1024, 23, 512) if family == "sd2" else text(768, 12, 768))
         if family == "sdxl":
-            models["text_encoder_2"] = CLIPTextModelWithProjection(text(1280, 32))
+            models["text_encoder_2"] = CLIPTextModelWithProjection(text(1280, 32, 1280))
     return models
+
+
+def vae_of(family: str) -> AutoencoderKL:
+    with torch.device("meta"):
+        return AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            sample_size={"sd1": 512, "sd2": 768, "sdxl": 1024}[family],
+            scaling_factor=0.13025 if family == "sdxl" else 0.18215,
+        )
 
 
 @functools.cache

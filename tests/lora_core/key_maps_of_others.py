@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from lora_core.formats.sgm_names import to_sgm
+from lora_core.ldm_names import to_sgm
 from tests.lora_core.full_size import UP_WITH_ATTENTION, everything
 
 # ---------------------------------------------------------------- what the models of A1111 and ComfyUI are built of

@@ -9,12 +9,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from diffusers.loaders.single_file_utils import (
-    convert_ldm_clip_checkpoint,
-    convert_ldm_unet_checkpoint,
-    convert_ldm_vae_checkpoint,
-)
+from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from lora_core import Adapter, LivePipeline, bake, write_adapter
 from lora_core.baking import BASE, FROM
@@ -67,11 +64,22 @@ def test_a_baked_folder_is_the_fused_model(family: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pipe = small_pipeline("sd1", clip_vocabulary=True)
-    return save_ldm_single_file(pipe, tmp_path_factory.mktemp("single") / "small.safetensors")
+    return saved("sd1", tmp_path_factory.mktemp("single") / "small.safetensors")
 
 
-def test_a_baked_file_is_the_fused_model_in_the_original_layout(single: Path, tmp_path: Path) -> None:
+def saved(family: str, path: Path) -> Path:
+    """SD 2's in its real layout, of whose 24 layers 23 are used: diffusers knows the last one by its number."""
+    metadata = {"modelspec.prediction_type": "v"} if family == "sd2" else None
+    return save_ldm_single_file(pipe_of(family), path, metadata)
+
+
+def pipe_of(family: str) -> Any:
+    return small_pipeline(family, clip_vocabulary=True, text_layers=23 if family == "sd2" else 2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_baked_file_is_the_fused_model_in_the_original_layout(family: str, tmp_path: Path) -> None:
+    single = saved(family, tmp_path / "small.safetensors")
     live = worn(opened(single))
     live.bake(tmp_path / "new.safetensors", metadata={"modelspec.title": "New"})
     live.fuse()
@@ -81,20 +89,68 @@ def test_a_baked_file_is_the_fused_model_in_the_original_layout(single: Path, tm
     assert baked.opened.unused == ()
     assert torch.equal(picture(baked.pipeline), picture(live.pipeline))
     old, new = read_header(single), read_header(tmp_path / "new.safetensors")
-    assert {k: (t.dtype, t.shape) for k, t in new.tensors.items()} == {
-        k: (t.dtype, t.shape) for k, t in old.tensors.items() if "position_ids" not in k
+    marks = {"v_pred"} if family == "sd2" else set()
+    assert {k: (t.dtype, t.shape) for k, t in new.tensors.items() if k not in marks} == {
+        k: (t.dtype, t.shape) for k, t in old.tensors.items()
     }
-    assert new.metadata["modelspec.architecture"] == "stable-diffusion-v1"
+    assert marks <= new.tensors.keys()
+    architectures = {"sd1": "v1", "sd2": "v2-768-v", "sdxl": "xl-v1-base"}
+    assert new.metadata["modelspec.architecture"] == f"stable-diffusion-{architectures[family]}"
     assert new.metadata["modelspec.title"] == "New"
-    file, pipe = load_file(tmp_path / "new.safetensors"), live.pipeline
-    text = {k.removeprefix("text_model."): t for k, t in convert_ldm_clip_checkpoint(dict(file)).items()}
-    for model, theirs in (
-        (pipe.unet, convert_ldm_unet_checkpoint(dict(file), pipe.unet.config)),
-        (pipe.vae, convert_ldm_vae_checkpoint(dict(file), pipe.vae.config)),
-        (pipe.text_encoder, text),
-    ):
-        ours = model.state_dict()
-        assert [k for k in ours if not torch.equal(ours[k], theirs[k].reshape(ours[k].shape))] == []
+    last = [k for k in new.tensors if ".resblocks.23." in k]  # unused in SD 2, and kept as it was
+    assert len(last) == (12 if family == "sd2" else 0)
+    assert all(torch.equal(read_tensors(old)[k], read_tensors(new)[k]) for k in last)
+    assert_read_by_diffusers(tmp_path / "new.safetensors", live, tmp_path)
+
+
+def assert_read_by_diffusers(file: Path, live: LivePipeline, tmp_path: Path) -> None:
+    """Its own loader of such files, given the family's configurations, draws the same picture from it."""
+    save_folder(live.pipeline, tmp_path / "configurations")
+    for weights in (tmp_path / "configurations").rglob("*.safetensors"):
+        weights.unlink()
+    kind = StableDiffusionXLPipeline if live.family.key == "sdxl" else StableDiffusionPipeline
+    settings = {"add_watermarker": False} if live.family.key == "sdxl" else {"safety_checker": None}
+    theirs = kind.from_single_file(
+        str(file), config=str(tmp_path / "configurations"), local_files_only=True, **settings
+    )
+    assert_same_weights(theirs, live.pipeline)
+    # its attention weights of the VAE are strided views of convolutions: the products are rounded otherwise
+    assert torch.allclose(picture(theirs), picture(live.pipeline), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_with_the_published_ids_bakes_to_one_file(family: str, tmp_path: Path) -> None:
+    """Published configurations name other special tokens than CLIP has. SD 2's folder lacks the layer that is not used,
+    so one that adds nothing stands in for it."""
+    pipe = pipe_of(family)
+    for encoder in (pipe.text_encoder, getattr(pipe, "text_encoder_2", pipe.text_encoder)):
+        encoder.config.bos_token_id, encoder.config.eos_token_id, encoder.config.pad_token_id = 0, 2, 1
+    base = save_folder(pipe, tmp_path / "base")
+    live = worn(opened(base))
+    live.bake(tmp_path / "new.safetensors")
+    live.fuse()
+    baked = opened(tmp_path / "new.safetensors")
+    assert_same_weights(baked.pipeline, live.pipeline)
+    assert torch.equal(picture(baked.pipeline), picture(live.pipeline))
+    if family == "sd2":
+        assert_read_by_diffusers(tmp_path / "new.safetensors", live, tmp_path)
+        assert_last_layer_adds_nothing(tmp_path / "new.safetensors", pipe.text_encoder.config)
+
+
+def assert_last_layer_adds_nothing(file: Path, config: Any) -> None:
+    whole = CLIPTextConfig.from_dict({**config.to_dict(), "num_hidden_layers": 24})
+    encoder = CLIPTextModel(whole).eval()
+    tensors = {
+        k.replace("resblocks.23.", "resblocks.x."): t for k, t in load_file(file).items()
+    }  # or it is ignored
+    state = convert_open_clip_checkpoint(encoder, tensors)
+    encoder.load_state_dict(
+        {k.removeprefix("text_model.").replace("layers.x.", "layers.23."): t for k, t in state.items()}
+    )
+    with torch.no_grad():
+        states = encoder(torch.arange(77)[None], output_hidden_states=True).hidden_states
+    assert torch.equal(states[-1], states[-2])
+    assert not torch.equal(states[-2], states[-3])
 
 
 def test_by_paths_alone_in_half_precision_with_one_rounding(single: Path, tmp_path: Path) -> None:
@@ -168,7 +224,7 @@ def test_what_cannot_be_baked_is_refused_and_leaves_nothing(tmp_path: Path) -> N
         live.bake(tmp_path / "new")
     with pytest.raises(WrongFamily):
         bake(small_pipeline("sdxl"), [(ink, 1.0)], tmp_path / "new")
-    with pytest.raises(ConfigError, match=r"SD 1\.x only"):
+    with pytest.raises(ConfigError, match="knows 1,215 words"):
         bake(small_pipeline("sdxl"), [], tmp_path / "new.safetensors")
     with pytest.raises(ConfigError, match="int8"):
         bake(live.pipeline, [], tmp_path / "new", dtype=torch.int8)

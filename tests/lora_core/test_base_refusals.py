@@ -63,8 +63,22 @@ def named(*keys: str, shape: tuple[int, ...] = (4, 4)) -> dict[str, Tensor]:
         (named("emb_params"), ("a textual inversion",)),
         (named("encoder.down.0.block.0.conv1.weight", "decoder.conv_in.weight"), ("a VAE alone",)),
         (named("first_stage_model.encoder.conv_in.weight"), ("a VAE alone",)),
-        (named("conditioner.embedders.0.transformer.x", f"{UNET}x"), ("SDXL", "Open its diffusers folder")),
-        (named("cond_stage_model.model.ln_final.bias", f"{UNET}x"), ("SD 2.x", "Open its diffusers folder")),
+        (named("embedder.model.ln_final.weight", f"{UNET}x"), ("unCLIP", "text-to-image")),
+        (named("depth_model.model.x", f"{UNET}x"), ("depth-to-image", "text-to-image")),
+        (named("edm_mean", "edm_std", f"{UNET}x"), ("EDM", "text-to-image")),
+        (named("cond_stage_model.roberta.x", f"{UNET}x"), ("AltDiffusion",)),
+        (
+            named(
+                f"{UNET}label_emb.0.0.weight",
+                f"{UNET}input_blocks.0.0.weight",
+                "conditioner.embedders.0.model.x",
+            ),
+            ("SDXL's refiner", "Open an SDXL base model"),
+        ),
+        (
+            named(f"{UNET}label_emb.0.0.weight", f"{UNET}input_blocks.0.0.weight", "first_stage_model.x"),
+            ("UNet of SDXL but no text encoder", "diffusers folder"),
+        ),
         (named(f"{UNET}double_blocks.0.img_attn.qkv.weight"), ("a transformer model",)),
         (named("down_blocks.0.resnets.0.conv1.weight"), ("a UNet alone",)),
         (named("blocks.0.weight"), ("no Stable Diffusion model", "blocks.0.weight")),
@@ -101,7 +115,10 @@ DAMAGE: list[tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], tuple[str, 
         lambda t: t | {f"{UNET}input_blocks.1.1.fuser.weight": torch.ones(2)},
         ("input_blocks.1.1.fuser.weight", "special"),
     ),
-    (lambda t: t | {f"{UNET}input_blocks.1.1.proj_in.weight": torch.ones(32, 32)}, ("SD 2.x or SDXL",)),
+    (
+        lambda t: t | {f"{UNET}input_blocks.1.1.proj_in.weight": torch.ones(32, 32)},
+        ("UNet of SD 2.x but no text",),
+    ),
     (lambda t: t | {f"{UNET}input_blocks.9999.0.op.weight": torch.ones(2)}, ("one such block per level",)),
 ]
 

@@ -15,7 +15,7 @@ from lora_core.deltas.magnitude import WithMagnitude
 from lora_core.errors import ConfigError, NotFinite
 from lora_core.formats import read_adapter, write_adapter
 from lora_core.formats.keys import adapter_path, flattened
-from lora_core.formats.sgm_names import to_diffusers, to_sgm
+from lora_core.ldm_names import to_diffusers, to_sgm
 from lora_core.safe_files import read_header
 from tests.lora_core.adapters_on_disk import LAYERS, adapter, assert_same
 from tests.lora_core.full_size import UP_WITH_ATTENTION, full_size
