@@ -20,7 +20,7 @@ from lora_core.adapter import COMPONENTS
 from lora_core.errors import FileRefused, LoraError, did_you_mean
 from lora_core.families import FAMILIES
 from lora_core.formats import describe_adapter
-from lora_core.formats.diffusers import CONFIG as ALPHAS
+from lora_core.formats.named import CONFIG as ALPHAS
 from lora_core.formats.said import facts_said, trigger_words
 from lora_core.looking import look
 from lora_core.plain_text import plain

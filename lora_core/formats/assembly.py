@@ -20,6 +20,7 @@ from lora_core.deltas.low_rank import LowRank
 from lora_core.deltas.magnitude import WithMagnitude
 from lora_core.errors import ConfigError, FileRefused, NotFinite
 from lora_core.formats import foreign
+from lora_core.formats.endings import says_outputs
 from lora_core.formats.kinds import kind_of_delta, kind_of_roles
 from lora_core.formats.layer import Kind, Layer
 from lora_core.safe_files import Header, read_tensors
@@ -30,11 +31,7 @@ class Part(NamedTuple):
     """What one key of a file is: a factor of the layer at `path` (an adapter path)."""
 
     path: str
-    role: str  # a role of one of kinds.KINDS, or one of BESIDE
-
-
-# What may stand beside the factors of a kind, in kohya's spelling -> role. A bias may stand alone as well.
-BESIDE = {"alpha": "alpha", "dora_scale": "magnitude", "diff_b": "bias", "b_norm": "bias"}
+    role: str  # a role of one of kinds.KINDS, or one of what may stand beside it (endings)
 
 
 @dataclass(frozen=True)
@@ -80,20 +77,18 @@ def assemble(
     *,
     load: Load = read_tensors,
     alpha_of: Callable[[str, int], float] = lambda path, rank: float(rank),
-    magnitude_is_output: bool = False,
 ) -> Reading:
     """Group the file's keys by layer and build a delta of each.
 
     `spell` says what a key is, None for a key that is no LoRA factor; those are named in `unused`.
     `alpha_of` (path, rank) gives the alpha of a layer that has no alpha tensor: by default the rank.
-    `magnitude_is_output`: the format knows no other axis, so (1, n, 1, 1) is no riddle.
     """
     layers: dict[str, dict[str, str]] = {}
     unused: list[str] = []
     for key in header.tensors:
         part = spell(key)
         if part is None:
-            unused.append(foreign.describe(key))
+            unused.append(foreign.describe(key, header.tensors))
         elif part.role in layers.setdefault(part.path, {}):
             unused.append(f"{key} (the same layer a second time)")
         else:
@@ -114,9 +109,7 @@ def assemble(
     tensors = load(header, [key for roles in layers.values() for key in roles.values()])
     name = header.path.name
     deltas = {
-        path: _delta(
-            kinds[path], Layer(name, path, roles, _of(roles, tensors), alpha_of), magnitude_is_output
-        )
+        path: _delta(kinds[path], Layer(name, path, roles, _of(roles, tensors), alpha_of))
         for path, roles in layers.items()
     }
     return Reading(deltas, tuple(unused))
@@ -146,27 +139,43 @@ def _outline(dtype: str, shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, dtype=DTYPES[dtype], device="meta")
 
 
-def _delta(kind: Kind | None, layer: Layer, magnitude_is_output: bool) -> Delta:
+def _delta(kind: Kind | None, layer: Layer) -> Delta:
     change = None if kind is None else kind.read(layer)
+    bias = _bias(layer, change)
     if change is not None and "magnitude" in layer.keys:
-        change = _with_magnitude(change, layer, magnitude_is_output)
-    if "bias" not in layer.keys:
+        change = _with_magnitude(change, layer)
+    if bias is None:
         assert change is not None
         return change
-    bias = layer.factor("bias")
     if change is not None and change.shape()[0] not in (-1, bias.numel()):
         raise layer.refused(
-            "bias", f"{bias.numel()} numbers were found where the layer has {change.shape()[0]} outputs"
+            _which_bias(layer),
+            f"{bias.numel()} numbers were found where the layer has {change.shape()[0]} outputs",
         )
     try:
         return WithBias(change, bias)
     except ValueError as problem:
-        raise layer.refused("bias", problem) from problem
+        raise layer.refused(_which_bias(layer), problem) from problem
 
 
-def _with_magnitude(inner: Delta, layer: Layer, magnitude_is_output: bool) -> WithMagnitude:
+def _bias(layer: Layer, change: Delta | None) -> Tensor | None:
+    """Of the layer itself, or of a factor: B (A x) + b, all of it scaled."""
+    own = layer.factor("bias") if "bias" in layer.keys else None
+    if not isinstance(change, LowRank) or "up_bias" not in layer.keys:
+        return own
+    if own is not None or "magnitude" in layer.keys:
+        other = layer.keys["magnitude" if own is None else "bias"]
+        raise layer.refused("up_bias", f"a factor's bias was found beside {other}, where none was expected")
+    return change.scale * layer.factor("up_bias").float()
+
+
+def _which_bias(layer: Layer) -> str:
+    return "bias" if "bias" in layer.keys else "up_bias"
+
+
+def _with_magnitude(inner: Delta, layer: Layer) -> WithMagnitude:
     magnitude, shape = layer.factor("magnitude"), inner.shape()
-    if magnitude_is_output and magnitude.numel() == shape[0]:
+    if says_outputs(layer.keys["magnitude"]) and magnitude.numel() == shape[0]:
         magnitude = output_column(magnitude, shape)
     if not _fits(magnitude, shape):
         raise FileRefused(

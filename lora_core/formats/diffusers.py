@@ -17,8 +17,6 @@ the component before every key) says otherwise.
 from __future__ import annotations
 
 import json
-import re
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,51 +24,27 @@ from torch import Tensor
 
 from lora_core.adapter import Adapter
 from lora_core.errors import ConfigError
-from lora_core.formats.assembly import Load, Part, Reading, assemble, column_or_refuse, low_ranks
-from lora_core.formats.keys import adapter_path, is_embedding
-from lora_core.formats.peft_config import Alphas, config_of, parse
+from lora_core.formats.assembly import Load, Reading, column_or_refuse, low_ranks
+from lora_core.formats.endings import role_of
+from lora_core.formats.keys import is_embedding
+from lora_core.formats.named import CONFIG, read_named
+from lora_core.formats.peft_config import config_of, in_config
 from lora_core.safe_files import Header, read_tensors, save_tensors
 
-CONFIG = "lora_adapter_metadata"
-PREFIXES = {
-    "unet.": "unet",
-    "diffusion_model.": "unet",
-    "text_encoder_2.": "text_encoder_2",
-    "text_encoder.": "text_encoder",
-    "text_encoders.clip_l.transformer.": "text_encoder",
-    "text_encoders.clip_g.transformer.": "text_encoder_2",
-    "": "unet",
-}
 _UNET_FACTORS = ("lora_A", "lora_B", "lora_magnitude_vector")
 # With lora_A diffusers 0.42 cannot load a text encoder trained in its feed-forward layers alone; a magnitude
 # without `.weight` transformers 5 leaves out with no more than a line in the log.
 _TEXT_FACTORS = ("lora_linear_layer.down", "lora_linear_layer.up", "lora_magnitude_vector.weight")
-_ROLES = {"down": "down", "A": "down", "up": "up", "B": "up", "mid": "mid"}
-_KEY = re.compile(
-    r"(?P<path>.+?)(?:"
-    r"[._]lora(?:_linear_layer)?[._](?P<role>down|up|mid|A|B)(?:\.[A-Za-z]\w*)??\.weight"
-    r"|\.lora_embedding_(?P<words>A|B)(?:\.[A-Za-z]\w*)??(?:\.weight)?"
-    r"|\.(?P<alpha>alpha)"
-    r"|\.(?P<magnitude>lora_magnitude_vector|dora_scale)(?:\.[A-Za-z]\w*)??(?:\.weight)?)"
-)
 
 
 class Diffusers:
     name = "diffusers"
 
     def recognises(self, header: Header) -> bool:
-        return any(_KEY.fullmatch(key) for key in header.tensors)
+        return any(role_of(key, header.tensors) is not None for key in header.tensors)
 
     def read(self, header: Header, load: Load = read_tensors) -> Reading:
-        config = parse(header.metadata.get(CONFIG) or "{}", f"{header.path.name}, {CONFIG}")
-        alphas = {component: _alphas(config, component, header) for component in set(PREFIXES.values())}
-
-        def alpha_of(path: str, rank: int) -> float:
-            component, _, inside = path.partition(".")
-            known = alphas[component]
-            return float(rank) if known is None else known.of(in_config(inside), rank)
-
-        return assemble(header, _spell, load=load, alpha_of=alpha_of, magnitude_is_output=True)
+        return read_named(header, load)
 
     def write(self, adapter: Adapter, path: Path, metadata: dict[str, str]) -> Path:
         """The names diffusers itself writes today for the UNet, and reads in the text encoders."""
@@ -97,48 +71,7 @@ class Diffusers:
         return path
 
 
-def in_config(inside: str) -> str:
-    """A layer as PEFT's patterns name it: they match the end of a path, so without `text_model.` they match
-    the modules of transformers 4 and 5 alike."""
-    return inside.removeprefix("text_model.")
-
-
 def for_peft(path: str, magnitude: Tensor, spelling: str) -> Tensor:
     """PEFT's shapes of a magnitude: (out,), for a convolution (1, out, 1, 1)."""
     column = column_or_refuse(path, magnitude, spelling)
     return column[None, :, None, None] if magnitude.dim() == 4 else column
-
-
-def layer_name(name: str) -> str:
-    """The names of the old attention processors -> those of the layers they stood for."""
-    name = name.replace(".processor.", ".")
-    if ".self_attn.to_" in name:
-        return re.sub(r"\.to_(q|k|v|out)$", r".\1_proj", name)
-    return f"{name}.0" if name.endswith(".to_out") else name
-
-
-@lru_cache(maxsize=2**14)  # of a thousand files most have the same keys
-def role_of(key: str) -> tuple[str, str] | None:
-    """A key -> (name of the layer, role)."""
-    found = _KEY.fullmatch(key)
-    if found is None:
-        return None
-    if found["words"]:
-        return found["path"], f"embedding_{found['words']}"
-    role = "alpha" if found["alpha"] else "magnitude" if found["magnitude"] else _ROLES[found["role"]]
-    return layer_name(found["path"]), role
-
-
-def _spell(key: str) -> Part | None:
-    known = role_of(key)
-    if known is None:
-        return None
-    name, role = known
-    prefix = next(p for p in PREFIXES if name.startswith(p))
-    path = adapter_path(PREFIXES[prefix], name.removeprefix(prefix))
-    return None if path is None else Part(path, role)
-
-
-def _alphas(config: dict[str, Any], component: str, header: Header) -> Alphas | None:
-    own = {k.removeprefix(f"{component}."): v for k, v in config.items() if k.startswith(f"{component}.")}
-    return Alphas(own, f"{header.path.name}, {CONFIG}") if own else None

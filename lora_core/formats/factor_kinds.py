@@ -2,6 +2,7 @@
 
 lora_down.weight, lora_up.weight, [lora_mid.weight]                 LoRA, LoCon (arXiv 2106.09685)
 lora_embedding_A, lora_embedding_B                                  LoRA of an embedding, in PEFT's files only
+lora_B.bias                                                         a bias of the second factor, PEFT's as well
 hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b, [hada_t1, hada_t2]      LoHa (2108.06098)
 lokr_w1 or lokr_w1_a, lokr_w1_b; lokr_w2 or lokr_w2_a, lokr_w2_b, [lokr_t2]    LoKr (2309.14859)
 """
@@ -24,7 +25,7 @@ from lora_core.formats.layer import Layer
 class LoRA:
     name = "LoRA"
     delta: type[Delta] = LowRank
-    beside = frozenset({"alpha", "magnitude", "bias", "embedding_A", "embedding_B"})
+    beside = frozenset({"alpha", "magnitude", "bias", "up_bias", "embedding_A", "embedding_B"})
     roles: Mapping[str, str] = {f"lora_{role}.weight": role for role in ("down", "up", "mid")}
 
     words = ("embedding_A", "embedding_B")  # PEFT's, of an embedding (num, dim): A (r, num), B (dim, r)

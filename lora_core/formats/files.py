@@ -22,7 +22,7 @@ from lora_core.formats.metadata import family_of_metadata, kohya_metadata
 from lora_core.formats.peft import Peft, weight_files
 from lora_core.safe_files import Header, read_header, read_tensors
 
-FORMATS: tuple[Format, ...] = (Cloneofsimo(), Kohya(), Peft(), Diffusers())
+FORMATS: tuple[Format, ...] = (Cloneofsimo(), Peft(), Kohya(), Diffusers())
 SPELLINGS: tuple[Spelling, ...] = (Kohya(), Diffusers(), Peft())
 
 

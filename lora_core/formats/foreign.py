@@ -1,127 +1,152 @@
-"""Names for what is no LoRA of ours: other kinds of adapter, other families of model, other kinds of file."""
+"""Names for what is no LoRA of Stable Diffusion 1, 2 or XL: other families of model, other kinds of file.
+
+Told from names alone, and where families share their names, from how wide a layer's input is.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Container, Iterable
 from functools import lru_cache
 
 from lora_core.errors import FileRefused
+from lora_core.formats.endings import role_of, told
+from lora_core.formats.kinds import KINDS
+from lora_core.formats.names import path_of
 from lora_core.safe_files import Header
 
-# Kinds of adapter: what their keys look like, what they are called. Of those in NAMED_ONLY_BY_KOHYA a key comes
-# here only if its layer is none of ours; the others this version cannot use.
-_KINDS = tuple(
-    (re.compile(pattern), name)
-    for pattern, name in (
-        (r"\.(hada_w[12]_[ab]|hada_t[12])$", "LoHa"),
-        (r"\.(lokr_w[12](?:_[ab])?|lokr_t2)$", "LoKr"),
-        (r"\.(on_input)$|^lora_[a-z0-9]+_[^.]+\.(weight)$", "(IA)³"),
-        (r"\.([ab][12]|bm)\.weight$", "GLoRA"),
-        (r"\.?(oft_blocks|oft_diag|oft_R[^.]*|rescale)(?:\.|$)", "OFT"),
-        (r"\.(diff|diff_b)$", "full difference"),
-        (r"\.(w_norm|b_norm)$", "difference of a norm layer"),
-        (r"^(bundle_emb)\.", "bundled textual inversion"),
-        (r"\.(lora_B\.(?:[^.]+\.)?bias)$", "bias of a LoRA"),
-    )
+# Models of others, the most particular first. One such key is enough: their text encoder's layers may well look like
+# ours. `/` stands for a dot or kohya's underscore, `<` for whatever stands before a model's own names.
+_OTHERS = (
+    (r"motion_modules/", "AnimateDiff motion (video)"),
+    (r"(?:^|/)(?:temporal_transformer_blocks|time_stack|time_mix)", "Stable Video Diffusion"),
+    (r"(?:^|/)(?:temp_attentions|temp_convs|transformer_in)/", "ModelScope (video)"),
+    (r"(?:down|mid|up)_blocks?/.*/add_[kv]_proj", "Kandinsky or DeepFloyd IF"),
+    (r"(?:^|/)(?:double|single)_stream_blocks/", "HiDream"),
+    (r"(?:^|/)joint_transformer_blocks/|(?:^|/)(?:double|single)_layers/\d", "AuraFlow"),
+    (r"token_refiner/|double_blocks/\d+/(?:img|txt)_(?:mlp/fc[12]|mod/linear)", "Hunyuan Video"),
+    (r"distilled_guidance_layer/", "Chroma"),
+    (r"(?:^|/)(?:double_blocks|single_blocks|single_transformer_blocks)/", "Flux"),
+    (r"(?:^|/)joint_blocks/", "SD3"),
+    (r"<transformer_blocks/\d+/(?:img_mlp|txt_mlp|img_mod|txt_mod)/", "Qwen-Image"),
+    (r"<transformer_blocks/\d+/attn/|/(?:add_[qkv]_proj|to_add_out)/", "SD3, Qwen-Image or Flux"),
+    (r"<transformer_blocks/\d+/", "PixArt, LTX-Video or CogVideoX"),
+    (r"<(?:layers|noise_refiner|context_refiner)/\d+/(?:attention|attn|feed_forward)/", "Lumina or Z-Image"),
+    (r"<blocks/\d+/(?:self_attn|cross_attn)/(?:[qkv]|output)_proj|adaln_modulation", "Cosmos"),
+    (r"<blocks/\d+/(?:self_attn|cross_attn|attn[12]|ffn)/", "Wan (video)"),
+    (r"^lora_prior_|<down_blocks/\d+/\d+/(?:attention|channelwise|depthwise)/", "Stable Cascade"),
+    (r"^lora_te3_|^text_encoder_3/|^(?:text_encoders/)?t5xxl/", "SD3 or Flux"),
+    (r"^transformer/|^lora_transformer_", "diffusion transformer"),
 )
-NAMED_ONLY_BY_KOHYA = (
-    "LoHa",
-    "LoKr",
-    "(IA)³",
-    "GLoRA",
-    "OFT",
-    "full difference",
-    "difference of a norm layer",
+_BY_WIDTH = {
+    "SD3, Qwen-Image or Flux": {1536: "SD3", 2432: "SD3.5", 3072: "Qwen-Image or Flux"},
+    "PixArt, LTX-Video or CogVideoX": {
+        1152: "PixArt",
+        1920: "CogVideoX",
+        2048: "LTX-Video",
+        2240: "Sana",
+        3072: "CogVideoX",
+        4096: "LTX-Video",
+    },
+    "Lumina or Z-Image": {2304: "Lumina", 3840: "Z-Image"},
+}
+_BEFORE = "|".join(
+    f"{model}/"
+    for model in ("diffusion_model", "lora_transformer", "lora_unet", "lycoris", "transformer", "unet")
 )
-# Adapters of other models. One such key is enough: their text encoder part may well look like ours.
-_FAMILIES = tuple(
-    (re.compile(pattern), name)
-    for pattern, name in (
-        (r"motion_modules[._]", "an AnimateDiff motion LoRA (video)"),
-        (r"(?:^|[._])(?:double_blocks|single_blocks|single_transformer_blocks)[._]", "a Flux LoRA"),
-        (r"(?:^|[._])joint_blocks[._]|[._](?:add_[qkv]_proj|to_add_out)\.", "an SD3 LoRA"),
-        (r"(?:^|[._])blocks[._]\d+[._](?:self_attn|cross_attn)[._]", "a Wan LoRA (video)"),
-        (
-            r"^transformer\.|^lora_transformer_|^diffusion_model\.(?:transformer_blocks|layers)\.",
-            "a LoRA of a transformer model",
-        ),
-        (r"^lora_prior_", "a Stable Cascade LoRA"),
-        (r"^lora_te3_|^text_encoder_3\.", "a LoRA of a model with three text encoders"),
-    )
+_MODELS = tuple(
+    (re.compile(pattern.replace("<", f"^(?:base_model/|model/|{_BEFORE})*").replace("/", "[._]")), name)
+    for pattern, name in _OTHERS
 )
+# Other files, and then what only base models have
 _FILES = tuple(
     (re.compile(pattern), name)
     for pattern, name in (
-        (r"^control_model\.|controlnet|^input_hint_block\.|^zero_convs\.", "a ControlNet"),
+        (r"^lllite_", "a ControlNet-LLLite"),
+        (r"^lora_controlnet$", "a Control-LoRA (a ControlNet)"),
+        (r"^control_model\.|controlnet_|^input_hint_block\.|^zero_convs\.", "a ControlNet"),
+        (r"^(?:adapter\.)?body\.\d+\.(?:block[12]|resnets|in_conv|down_opt)\b", "a T2I-Adapter"),
+        (r"^(?:ip_adapter|image_proj)\b", "an IP-Adapter"),
+        (r"^(?:320|640|768|1024|1280)\.(?:linear|\d)", "a hypernetwork"),
+        (
+            r"\bRDB\d\b|\brdb\d\b|^(?:conv_first|conv_body|RRDB_trunk)\b|^model\.1\.sub\.",
+            "an upscaler (ESRGAN)",
+        ),
+        (r"^layers\.\d+\.residual_group\.", "an upscaler (SwinIR)"),
         (r"^model\.diffusion_model\.", "a base model (checkpoint)"),
         (r"^(?:first_stage_model\.)?(?:encoder|decoder)\.(?:conv_in|mid|down|up|conv_out)", "a VAE"),
         (r"^(?:down_blocks|mid_block|up_blocks|input_blocks|output_blocks)\.", "the UNet of a base model"),
-        (r"^(?:cond_stage_model|conditioner|text_model|transformer\.resblocks)\.", "a text encoder"),
-        (r"^(?:ip_adapter|image_proj)\b", "an IP-Adapter"),
-        (r"^(?:emb_params|clip_[lg]|string_to_param.*)$", "a textual inversion embedding"),
+        (r"^(?:vision_model|visual)\.", "an image encoder (CLIP)"),
+        (
+            r"^(?:cond_stage_model|conditioner|text_model|transformer\.(?:resblocks|text_model))\.",
+            "a text encoder",
+        ),
     )
 )
+_KIND_OF_ROLE = {role: kind.name for kind in KINDS for role in kind.roles.values()}
 
 
-def kind_of(key: str) -> tuple[str, str] | None:
-    """-> (kind, the telling part of the key) for a key of another kind of adapter."""
-    for pattern, name in _KINDS:
-        if found := pattern.search(key):
-            return name, next(g for g in found.groups() if g)
-    return None
-
-
-def describe(key: str) -> str:
-    """How an unused key is named to the user."""
-    kind = kind_of(key)
-    if kind is None:
-        return key
-    if kind[0] in NAMED_ONLY_BY_KOHYA:
-        return f"{key} ({kind[0]} of a layer that kohya's spelling does not name)"
-    return f"{key} ({kind[0]}: not supported by this version)"
-
-
-@lru_cache(maxsize=2**14)  # of a thousand files most have the same keys
-def _of_another_family(key: str) -> bool:
-    return any(pattern.search(key) for pattern, _ in _FAMILIES)
+def describe(key: str, keys: Container[str]) -> str:
+    """How an unused key is named to the user. `keys`: the whole file's."""
+    if key.startswith("bundle_emb."):
+        return f"{key} (of a bundled word, but no embedding of a text encoder of Stable Diffusion)"
+    found = role_of(key, keys)
+    kind = None if found is None else _KIND_OF_ROLE.get(found[1])
+    return key if kind is None else f"{key} ({kind} of a layer that Stable Diffusion does not have)"
 
 
 def refuse_other_family(header: Header) -> None:
-    """Raise FileRefused if the file is an adapter of a model other than Stable Diffusion 1, 2 or XL."""
-    if not any(map(_of_another_family, header.tensors)):
-        return
-    for pattern, name in _FAMILIES:
-        for key in header.tensors:
-            if pattern.search(key):
-                raise FileRefused(
-                    f"{header.path.name} is {name} ({key[:80]}); a LoRA of SD 1.x, SD 2.x or SDXL was "
-                    "expected. Use it with a program for that model."
-                )
+    """Raise FileRefused if the file is an adapter of, or is, a model other than Stable Diffusion 1, 2 or XL."""
+    strange = [key for key in header.tensors if not _is_ours(key)]
+    for pattern, name in _MODELS:
+        key = next((key for key in strange if pattern.search(key)), None)
+        if key is None:
+            continue
+        widths = _BY_WIDTH.get(name, {})
+        name = next((widths[w] for k, w in _inputs(header) if w in widths and pattern.search(k)), name)
+        said = f"{'an' if name[0] in 'AEIOU' or name.startswith(('SD3', 'LTX')) else 'a'} {name}"
+        if any(role_of(k, header.tensors) for k in header.tensors):
+            raise FileRefused(
+                f"{header.path.name} is {said} LoRA ({key[:80]}); a LoRA of SD 1.x, SD 2.x or SDXL was "
+                "expected. Use it with a program for that model."
+            )
+        raise FileRefused(
+            f"{header.path.name} is {said} model ({key[:80]}), not a LoRA. Choose a LoRA of SD 1.x, SD 2.x or SDXL."
+        )
 
 
 def refuse(header: Header) -> None:
     """Raise FileRefused, saying what a file without any LoRA layer of ours is instead."""
-    name = header.path.name
-    kinds = Counter(known for key in header.tensors if (known := kind_of(key)))
-    if kinds:
-        (kind, part), _ = kinds.most_common(1)[0]
-        if kind in NAMED_ONLY_BY_KOHYA:
-            raise FileRefused(
-                f"{name} is of the kind {kind} ({part}), under names that are none of Stable Diffusion's layers "
-                "in kohya's spelling (lora_unet_…, lora_te_…). Save it in that spelling."
-            )
-        raise FileRefused(
-            f"{name} is of the kind {kind} ({part}): not supported by this version. Use a LoRA, DoRA, "
-            f"{', '.join(NAMED_ONLY_BY_KOHYA[:-2])} file."
-        )
+    name, keys = header.path.name, header.tensors
     for pattern, what in _FILES:
-        if any(pattern.search(key) for key in header.tensors):
+        if any(pattern.search(key) and not role_of(key, keys) for key in keys):
             raise FileRefused(
                 f"{name} is {what}, not a LoRA. Choose a LoRA file, or put this one where it belongs."
             )
-    first = ", ".join(sorted(header.tensors)[:2])[:160] or "none"
+    factors = [(found[1], key) for key in keys if (found := role_of(key, keys))]
+    kinds = Counter(_KIND_OF_ROLE[role] for role, _ in factors if role in _KIND_OF_ROLE)
+    first = ", ".join(sorted(keys)[:2])[:160] or "none"
+    if kinds:
+        raise FileRefused(
+            f"{name} is of the kind {kinds.most_common(1)[0][0]}, for layers that no Stable Diffusion model has (its "
+            f"first keys: {first}). Use it with a program for its model."
+        )
     raise FileRefused(
         f"{name} holds no LoRA layer of Stable Diffusion that we know (its first keys: {first}). Check "
         "that it is a LoRA of SD 1.x, SD 2.x or SDXL."
     )
+
+
+@lru_cache(maxsize=2**14)  # of a thousand files most have the same keys
+def _is_ours(key: str) -> bool:
+    found = told(key)
+    return found is not None and path_of(found.layer) is not None
+
+
+def _inputs(header: Header) -> Iterable[tuple[str, int]]:
+    """How wide the layers' inputs are, where a LoRA or a weight tells it."""
+    for key, info in header.tensors.items():
+        found = role_of(key, header.tensors)
+        if len(info.shape) == 2 and (found is None or found[1] == "down"):
+            yield key, info.shape[1]

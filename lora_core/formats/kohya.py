@@ -20,7 +20,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from pathlib import Path
 
 from torch import Tensor
@@ -28,22 +27,16 @@ from torch import Tensor
 from lora_core.adapter import Adapter
 from lora_core.deltas import Factored
 from lora_core.errors import ConfigError
-from lora_core.formats.assembly import BESIDE, Load, Part, Reading, alpha_tensor, assemble, unwrapped
-from lora_core.formats.keys import adapter_path, flattened
+from lora_core.formats.assembly import Load, Reading, alpha_tensor, unwrapped
+from lora_core.formats.endings import role_of
+from lora_core.formats.keys import flattened
 from lora_core.formats.kinds import KINDS, kind_of_delta
 from lora_core.formats.metadata import with_hashes
+from lora_core.formats.named import read_named
 from lora_core.formats.words import bundled
 from lora_core.ldm_names import to_sgm
 from lora_core.safe_files import Header, read_tensors, save_tensors
 
-PREFIXES = {
-    "lora_unet_": "unet",
-    "lora_te1_": "text_encoder",
-    "lora_te2_": "text_encoder_2",
-    "lora_te_": "text_encoder",
-    "oft_unet_": "unet",
-}
-ROLES = {ending: role for kind in KINDS for ending, role in kind.roles.items()} | BESIDE
 SDXL_ATTENTION_UP = frozenset({0, 1})
 
 
@@ -51,10 +44,11 @@ class Kohya:
     name = "kohya"
 
     def recognises(self, header: Header) -> bool:
-        return any(key.startswith(tuple(PREFIXES)) for key in header.tensors)
+        found = (role_of(key, header.tensors) for key in header.tensors)
+        return any(known is not None and "." not in known[0] for known in found)
 
     def read(self, header: Header, load: Load = read_tensors) -> Reading:
-        return assemble(header, _spell, load=load)
+        return read_named(header, load)
 
     def write(self, adapter: Adapter, path: Path, metadata: dict[str, str]) -> Path:
         """With both hashes. An output-axis DoRA as (out, 1[, 1, 1]), an input-axis one as it came. ConfigError for
@@ -84,17 +78,6 @@ class Kohya:
         tensors |= bundled(adapter)
         save_tensors(path, tensors, with_hashes(tensors, metadata))
         return path
-
-
-@lru_cache(maxsize=2**14)  # of a thousand files most have the same keys
-def _spell(key: str) -> Part | None:
-    name, _, rest = key.partition(".")
-    role = ROLES.get(rest)
-    prefix = next((p for p in PREFIXES if name.startswith(p)), None)
-    if role is None or prefix is None:
-        return None
-    path = adapter_path(PREFIXES[prefix], name.removeprefix(prefix))
-    return None if path is None else Part(path, role)
 
 
 def _names(adapter: Adapter) -> dict[str, str]:

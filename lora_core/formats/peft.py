@@ -21,9 +21,10 @@ from torch import Tensor
 from lora_core.adapter import COMPONENTS, Adapter
 from lora_core.errors import FileRefused, SaveFailed
 from lora_core.formats.assembly import Load, Part, Reading, assemble, low_ranks
-from lora_core.formats.diffusers import for_peft, in_config, role_of
+from lora_core.formats.diffusers import for_peft
+from lora_core.formats.endings import role_of
 from lora_core.formats.keys import adapter_path, is_embedding
-from lora_core.formats.peft_config import Alphas, config_of, parse
+from lora_core.formats.peft_config import Alphas, config_of, in_config, parse
 from lora_core.safe_files import Header, read_tensors, save_tensors, write_atomic
 
 PREFIX = "base_model.model."
@@ -36,14 +37,16 @@ class Peft:
     name = "peft"
 
     def recognises(self, header: Header) -> bool:
-        return any(key.startswith(PREFIX) for key in header.tensors)
+        """Others put the same prefix before their own keys, with an alpha for each layer: those are read by name."""
+        keys = header.tensors
+        return any(key.startswith(PREFIX) for key in keys) and not any(key.endswith(".alpha") for key in keys)
 
     def read(self, header: Header, load: Load = read_tensors) -> Reading:
         alphas = _read_config(header.path.with_name(CONFIG))
         encoder = _text_encoder(header)
 
         def spell(key: str) -> Part | None:
-            known = role_of(key.removeprefix(PREFIX)) if key.startswith(PREFIX) else None
+            known = role_of(key.removeprefix(PREFIX), header.tensors) if key.startswith(PREFIX) else None
             if known is None:
                 return None
             name, role = known
@@ -55,7 +58,6 @@ class Peft:
             spell,
             load=load,
             alpha_of=lambda path, rank: alphas.of(in_config(path.partition(".")[2]), rank),
-            magnitude_is_output=True,
         )
 
     def write(self, adapter: Adapter, path: Path, metadata: dict[str, str]) -> Path:

@@ -66,6 +66,12 @@ class Alphas:
         return alpha * rank**0.5 if self._rank_stabilized else alpha
 
 
+def in_config(inside: str) -> str:
+    """A layer as PEFT's patterns name it: they match the end of a path, so without `text_model.` they match
+    the modules of transformers 4 and 5 alike."""
+    return inside.removeprefix("text_model.")
+
+
 def config_of(deltas: Mapping[str, Delta], spelling: str) -> dict[str, Any]:
     """The LoraConfig of one component. `deltas` by path inside the model.
 
