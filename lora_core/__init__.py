@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from lora_core.errors import LoraError
     from lora_core.extracting import extract
     from lora_core.facts import Coverage, coverage_on
-    from lora_core.formats import read_adapter, write_adapter
+    from lora_core.formats import read_adapter, retell, write_adapter
     from lora_core.generation import GeneratedImage, GenerationRequest
     from lora_core.looking import look
     from lora_core.mix import Mix
     from lora_core.model_weights import layers_of, strength_of
     from lora_core.models import open_base
     from lora_core.pipeline import LivePipeline
+    from lora_core.thumbnail import with_thumbnail
     from lora_core.train_form import attach, collect, detach
 
 _HOMES = {
@@ -52,7 +53,9 @@ _HOMES = {
     "quantise": "quantised",
     "read_adapter": "formats",
     "resize": "combining",
+    "retell": "formats",
     "strength_of": "model_weights",
+    "with_thumbnail": "thumbnail",
     "write_adapter": "formats",
 }
 
@@ -81,7 +84,9 @@ __all__ = [
     "quantise",
     "read_adapter",
     "resize",
+    "retell",
     "strength_of",
+    "with_thumbnail",
     "write_adapter",
 ]
 

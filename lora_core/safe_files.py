@@ -32,6 +32,7 @@ __all__ = [
     "read_raw",
     "read_rows",
     "read_tensors",
+    "save_metadata",
     "save_tensors",
     "serialized",
     "stream_tensors",
@@ -133,9 +134,13 @@ def serialized(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     header["__metadata__"] = dict(sorted(metadata.items()))
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    return b"".join((_header(header), memoryview(data)[8 + length :]))
+
+
+def _header(listing: Mapping[str, object]) -> bytes:
+    text = json.dumps(listing, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors stay aligned
-    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(data)[8 + length :]))
+    return len(text).to_bytes(8, "little") + text
 
 
 def save_tensors(
@@ -175,13 +180,12 @@ def stream_tensors(
         dtype, shape = outlines[name]
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text = _header(header)
 
     def write(partial: Path) -> None:
         digests = {}
         with partial.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
+            file.write(text)
             for name in order:
                 tensor = produce(name).detach().to("cpu")
                 assert (tensor.dtype, tuple(tensor.shape)) == outlines[name], name
@@ -190,7 +194,36 @@ def stream_tensors(
                 digests[name] = hashlib.blake2b(data).digest()
         _compare_digests(partial, digests, path)
 
-    write_atomic(path, write, needed=8 + len(text) + end)
+    write_atomic(path, write, needed=len(text) + end)
+
+
+def save_metadata(path: Path | str, metadata: Mapping[str, str]) -> None:
+    """Other metadata for a .safetensors file, whose tensors stay as they are, byte for byte and in their order.
+
+    Atomic, read back and compared. Raises FileRefused for what is no such file, SaveFailed.
+    """
+    path = Path(path)
+    before = read_header(path)
+    listing: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    listing |= {
+        name: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [info.start, info.end]}
+        for name, info in before.tensors.items()
+    }
+    text, end = _header(listing), max((info.end for info in before.tensors.values()), default=0)
+
+    def write(partial: Path) -> None:
+        with opened(path) as source, partial.open("wb") as target:
+            target.write(text)
+            for start in range(0, end, 2**22):
+                target.write(read_bytes(source, before.data_start + start, min(2**22, end - start), path))
+        with _read_back(path):
+            after = read_header(partial)
+            same = after.metadata == metadata and after.tensors == before.tensors
+            same = same and tensors_sha256(after) == tensors_sha256(before)
+        if not same:
+            raise SaveFailed(_other_bytes(path))
+
+    write_atomic(path, write, needed=len(text) + end)
 
 
 def _compare_digests(written: Path, digests: Mapping[str, bytes], path: Path) -> None:

@@ -26,6 +26,7 @@ from trainers.dataset import Dataset, scan
 from trainers.diffusion import NoiseSchedule
 from trainers.finish import try_spelling
 from trainers.run_folder import RunFolder
+from trainers.training_facts import Ran
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -56,6 +57,9 @@ class Bench:
         """Inside, the LoRA is its average, if that is wanted and there is one."""
         return self.average.worn() if wanted and self.average is not None else nullcontext()
 
+    def ran(self, step: int) -> Ran:
+        return Ran(step, self.folder.began, MIXED[precision(self.config)])
+
 
 def prepare(config: TrainConfig, folder: RunFolder, stop: StopRequest, emit: events.Emit) -> Bench:
     torch.manual_seed(config.seed)
@@ -78,7 +82,7 @@ def prepare(config: TrainConfig, folder: RunFolder, stop: StopRequest, emit: eve
         pipeline.unet.to(memory_format=torch.channels_last)
     check_words_are_used(config, dataset)
     form = attach_lora(config, live, opened)
-    try_spelling(config, form, opened)
+    try_spelling(config, form, opened, emit)
     if config.train.gradient_checkpointing:
         checkpoint_activations(live)
     cache = None

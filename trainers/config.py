@@ -289,6 +289,13 @@ class SaveSettings(Table):
     """With `train.ema_decay`, the files hold the average; false: the weights of the last step."""
     spelling: Literal["kohya", "diffusers", "peft"] = "kohya"
     """Names inside the file; every common program reads "kohya"."""
+    author: str | None = None
+    """Whose work the file says it is."""
+    description: str | None = None
+    """What the file says about itself, as long as you like."""
+    thumbnail: bool = True
+    """Put a small picture of the report, or else of the last preview, into the finished file, for programs that show
+    one."""
 
 
 class PreviewSettings(Table):

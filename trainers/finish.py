@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections import Counter
 from pathlib import Path
 
 import torch
+from PIL import Image
 
+from lora_core import thumbnail
 from lora_core.adapter import Adapter
 from lora_core.errors import NotFinite, SaveFailed
-from lora_core.formats import read_adapter, write_adapter
+from lora_core.formats import read_adapter, retell, write_adapter
+from lora_core.formats.cautions import cautions
 from lora_core.models import OpenedBase
 from lora_core.pipeline import LivePipeline
 from lora_core.train_form import LoraForm, collect
-from trainers import presets, report
+from trainers import report
 from trainers.config import TrainConfig
 from trainers.control import StopRequest
 from trainers.dataset import Dataset
 from trainers.events import Emit, Note, Reported
-from trainers.report_page import without_folders
+from trainers.images import open_image
 from trainers.run_folder import RunFolder
+from trainers.training_facts import Ran, facts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def write_lora(
-    config: TrainConfig, path: Path, form: LoraForm, opened: OpenedBase, *, step: int, dataset: Dataset
+    config: TrainConfig, path: Path, form: LoraForm, opened: OpenedBase, ran: Ran, dataset: Dataset
 ) -> Path:
     """Atomically, with the metadata other programs show; then read back and compared with what was trained.
 
@@ -44,20 +46,21 @@ def write_lora(
         )
     if config.save.spelling == "peft":
         path = path.with_suffix("")  # PEFT's spelling is a folder
-    metadata = facts(config, opened, step=step, dataset=dataset)
+    metadata = facts(config, opened, ran, dataset)
     written = write_adapter(adapter, path, spelling=config.save.spelling, dtype=dtype, metadata=metadata)
     compare(read_adapter(written), adapter, dtype, written)
     return written
 
 
-def try_spelling(config: TrainConfig, form: LoraForm, opened: OpenedBase) -> None:
-    """Raises ConfigError, before a step is taken, where the file's spelling has no words for a layer that is trained:
-    diffusers' has none for embeddings."""
-    if config.save.spelling == "kohya":  # has words for everything that trains
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        adapter = collect(form, family=opened.family.key)
-        write_adapter(adapter, Path(folder) / "trial", spelling=config.save.spelling)
+def try_spelling(config: TrainConfig, form: LoraForm, opened: OpenedBase, emit: Emit) -> None:
+    """Before a step is taken: says which programs will read the file otherwise than it is meant, and raises ConfigError
+    where its spelling has no words for a layer that is trained (diffusers' has none for embeddings)."""
+    adapter = collect(form, family=opened.family.key)
+    if config.save.spelling != "kohya":  # that has words for everything that trains
+        with tempfile.TemporaryDirectory() as folder:
+            write_adapter(adapter, Path(folder) / "trial", spelling=config.save.spelling)
+    for caution in cautions(adapter, config.save.spelling):
+        emit(Note(text=f"Of the finished file: {caution}"))
 
 
 def compare(found: Adapter, meant: Adapter, dtype: torch.dtype, path: Path) -> None:
@@ -80,43 +83,6 @@ def compare(found: Adapter, meant: Adapter, dtype: torch.dtype, path: Path) -> N
         )
 
 
-def facts(config: TrainConfig, opened: OpenedBase, *, step: int, dataset: Dataset) -> dict[str, str]:
-    """Training facts in kohya's words. Names only: no folder of the user's disk leaves the machine in a file."""
-    train, captions = config.train, Counter(e.caption for e in dataset.instances)
-    words = {
-        "ss_learning_rate": train.learning_rate,
-        "ss_unet_lr": train.learning_rate,
-        "ss_text_encoder_lr": train.rate_of("text_encoder"),
-        "ss_num_train_images": len(dataset.instances),
-        "ss_num_reg_images": len(dataset.classes),
-        "ss_steps": step,
-        "ss_max_train_steps": train.steps,
-        "ss_seed": config.seed,
-        "ss_resolution": f"({dataset.resolution}, {dataset.resolution})",
-        "ss_batch_size_per_device": train.batch_size,
-        "ss_gradient_accumulation_steps": train.gradient_accumulation,
-        "ss_gradient_checkpointing": train.gradient_checkpointing,
-        "ss_lr_scheduler": train.schedule,
-        "ss_lr_warmup_steps": train.warmup_steps,
-        "ss_optimizer": f"torch.optim.AdamW(weight_decay={train.weight_decay})",
-        "ss_max_grad_norm": train.max_grad_norm,
-        "ss_prior_loss_weight": config.data.prior_weight,
-        "ss_min_snr_gamma": train.snr_gamma if train.loss_weighting != "uniform" else None,
-        "ss_network_dropout": config.lora.dropout,
-        "ss_output_name": config.name,
-        "ss_sd_model_name": opened.name,
-        "ss_tag_frequency": json.dumps({config.data.images.name: dict(captions)}),
-        "ss_dataset_dirs": json.dumps(
-            {config.data.images.name: {"n_repeats": 1, "img_count": len(dataset.instances)}}
-        ),
-    }
-    if config.data.prompt:
-        words["modelspec.trigger_phrase"] = config.data.prompt
-    if opened.quantised is not None:
-        words["loom.quantized_base"] = opened.quantised.kind
-    return {**{k: str(v) for k, v in words.items()}, "loom.preset": presets.dump(without_folders(config))}
-
-
 def write_report(
     config: TrainConfig, folder: RunFolder, live: LivePipeline, lora: Path, stop: StopRequest, emit: Emit
 ) -> None:
@@ -124,6 +90,7 @@ def write_report(
     settings = config.report
     wanted = report.shots(settings, report.judge_views(settings))
     if not wanted:
+        show_last_preview(config, folder, lora)
         return
     emit(Note(text=f"Making {2 * len(wanted)} pictures for the report"))
     resolution = config.data.resolution or live.resolution
@@ -135,5 +102,19 @@ def write_report(
     result["base"] = str(live.verify_base())
     path = folder.root / "sheet.png"
     report.sheet(wanted, before, after, path)
+    shown = next((picture for shot, picture in zip(wanted, after, strict=True) if shot.subject), after[0])
+    show(config, lora, shown)
     report.write(folder.root / "report.json", result)
     emit(Reported(sheet=str(path), figures=result))
+
+
+def show(config: TrainConfig, lora: Path, picture: Image.Image) -> None:
+    """Put a small one into the finished file, for programs that show LoRAs as cards. Its hashes stay. SaveFailed."""
+    if config.save.thumbnail:
+        retell(lora, {thumbnail.KEY: thumbnail.data_uri(picture)})
+
+
+def show_last_preview(config: TrainConfig, folder: RunFolder, lora: Path) -> None:
+    """The first prompt's newest picture, where the run has made any."""
+    if made := sorted(folder.previews.glob("step-*-0.png")):
+        show(config, lora, open_image(made[-1]))

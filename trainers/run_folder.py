@@ -66,6 +66,11 @@ class RunFolder:
         return self.root / control.FOLDER
 
     @property
+    def began(self) -> float:
+        """Seconds since 1970: the preset is written once, before anything else."""
+        return self.preset.stat().st_mtime
+
+    @property
     def resume_command(self) -> str:
         return f'python launch.py --train --resume "{self.root}"'
 

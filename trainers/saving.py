@@ -43,9 +43,7 @@ def save(bench: Bench, step: int) -> Path:
 def write_file(bench: Bench, path: Path, step: int) -> Path:
     """The LoRA, or its average, in the spelling of the preset."""
     with bench.averaged(bench.config.save.ema):
-        return write_lora(
-            bench.config, path, bench.form, bench.opened, step=step, dataset=bench.feeder.dataset
-        )
+        return write_lora(bench.config, path, bench.form, bench.opened, bench.ran(step), bench.feeder.dataset)
 
 
 def trained(bench: Bench) -> checkpoints.Trained:

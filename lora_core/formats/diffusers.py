@@ -27,6 +27,7 @@ from lora_core.errors import ConfigError
 from lora_core.formats.assembly import Load, Reading, column_or_refuse, low_ranks
 from lora_core.formats.endings import role_of
 from lora_core.formats.keys import is_embedding
+from lora_core.formats.metadata import with_hashes
 from lora_core.formats.named import CONFIG, read_named
 from lora_core.formats.peft_config import config_of, in_config
 from lora_core.safe_files import Header, read_tensors, save_tensors
@@ -67,7 +68,8 @@ class Diffusers:
                 tensors[f"{layer}.{up}.weight"] = low.up
                 if magnitude is not None:
                     tensors[f"{layer}.{gain}"] = for_peft(layer, magnitude, self.name)
-        save_tensors(path, tensors, {**metadata, "format": "pt", CONFIG: json.dumps(config, sort_keys=True)})
+        metadata = {**metadata, "format": "pt", CONFIG: json.dumps(config, sort_keys=True)}
+        save_tensors(path, tensors, with_hashes(tensors, metadata))
         return path
 
 

@@ -5,6 +5,7 @@
     modelspec.architecture = "stable-diffusion-xl-v1-base/lora"
     sshs_model_hash = SHA-256 of the tensors alone; its first 12 digits are civitai's AutoV3
     sshs_legacy_hash = the first 8 digits of A1111's old hash
+    modelspec.hash_sha256 = "0x" and sshs_model_hash
 
 Values are text without exception. Files travel: nothing here may tell of the disk they were made on.
 """
@@ -25,7 +26,7 @@ from lora_core.formats.assembly import ranks_and_alphas, unwrapped
 from lora_core.formats.kinds import kind_of_delta
 from lora_core.safe_files import serialized
 
-HASHES = ("sshs_model_hash", "sshs_legacy_hash")
+HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 # Facts of a file's spelling, not of the LoRA: they do not survive a change of spelling.
 OF_THE_FILE = (*HASHES, "format", "lora_adapter_metadata")
 FAMILY_KEYS = ("ss_base_model_version", "modelspec.architecture")
@@ -59,9 +60,7 @@ def kohya_metadata(adapter: Adapter, *, family: str | None, facts: Mapping[str, 
     the adapter's own metadata over the defaults. Paths in values become file names. Raises ConfigError for a
     value that is not text.
     """
-    for key, value in facts.items():
-        if not isinstance(key, str) or not isinstance(value, str):
-            raise ConfigError(f"metadata {key!r} = {value!r:.60} is not text to text. Write it as text.")
+    check_text(facts)
     own = {k: v for k, v in adapter.metadata.items() if k not in OF_THE_FILE}
     if family_of_metadata(own).key not in (None, family):
         for key in ("ss_base_model_version", "ss_v2", "modelspec.architecture"):
@@ -71,15 +70,28 @@ def kohya_metadata(adapter: Adapter, *, family: str | None, facts: Mapping[str, 
     return {key: without_paths(value) for key, value in merged.items()}
 
 
+def check_text(facts: Mapping[str, str]) -> None:
+    """Raises ConfigError naming what is not."""
+    for key, value in facts.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise ConfigError(f"metadata {key!r} = {value!r:.60} is not text to text. Write it as text.")
+
+
 def with_hashes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, str]:
-    """`metadata` and the two hashes of `tensors`, as kohya computes them: over the file written with the ss_*
-    entries alone. The legacy hash looks at 64 KiB from 1 MiB on, so a smaller file has that of no bytes."""
+    """`metadata` and the hashes of `tensors`. kohya's two are of the file written with the ss_* entries alone: the
+    legacy one looks at 64 KiB from 1 MiB on, so a smaller file has that of no bytes. modelspec's is the first, as
+    it writes one."""
     rest = {k: v for k, v in metadata.items() if k not in HASHES}
     data = serialized(tensors, {k: v for k, v in rest.items() if k.startswith("ss_")})
     start = 8 + int.from_bytes(data[:8], "little")
     model = hashlib.sha256(memoryview(data)[start:]).hexdigest()
     legacy = hashlib.sha256(memoryview(data)[0x100000:0x110000]).hexdigest()[:8]
-    return {**rest, "sshs_model_hash": model, "sshs_legacy_hash": legacy}
+    return {
+        **rest,
+        "sshs_model_hash": model,
+        "sshs_legacy_hash": legacy,
+        "modelspec.hash_sha256": f"0x{model}",
+    }
 
 
 def family_of_metadata(metadata: Mapping[str, str]) -> Told:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -66,6 +67,9 @@ class Peft:
         layers = low_ranks(adapter, self.name)
         # transformers 5 names the first encoder's modules without text_model, the second's with it
         as_model = {"unet": "", "text_encoder": "text_model.", "text_encoder_2": ""}
+        parts: dict[
+            str, tuple[dict[str, Any], dict[str, Tensor]]
+        ] = {}  # all of it before any of it is written
         for component in adapter.components():
             deltas = {p: d for p, d in adapter.deltas.items() if p.startswith(f"{component}.")}
             config = config_of({in_config(p.partition(".")[2]): d for p, d in deltas.items()}, self.name)
@@ -80,6 +84,8 @@ class Peft:
                     tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = low.down, low.up
                 if magnitude is not None:
                     tensors[f"{name}.lora_magnitude_vector"] = for_peft(layer, magnitude, self.name)
+            parts[component] = config, tensors
+        for component, (config, tensors) in parts.items():
             folder = path / component
             _make(folder)
             text = json.dumps(config, indent=2, sort_keys=True)

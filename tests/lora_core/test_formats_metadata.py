@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import base64
+import errno
 import hashlib
+import io
 import json
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
 from lora_core.adapter import Adapter
 from lora_core.deltas.low_rank import LowRank
-from lora_core.errors import ConfigError
-from lora_core.formats import read_adapter, write_adapter
+from lora_core.errors import ConfigError, SaveFailed
+from lora_core.formats import read_adapter, retell, write_adapter
 from lora_core.formats.metadata import kohya_metadata, without_paths
-from lora_core.safe_files import read_header
-from tests.lora_core.adapters_on_disk import PAIR, QPATH, Q, adapter, saved
+from lora_core.safe_files import read_header, save_metadata
+from lora_core.thumbnail import data_uri, with_thumbnail
+from tests.lora_core.adapters_on_disk import PAIR, QPATH, Q, adapter, assert_same, saved
 
 
 def test_metadata_says_what_readers_ask_for(tmp_path: Path) -> None:
@@ -47,6 +52,11 @@ def test_hashes_are_kohyas(size: int, tmp_path: Path) -> None:
     assert said["sshs_model_hash"] == hashlib.sha256(plain[start:]).hexdigest()
     assert said["sshs_legacy_hash"] == hashlib.sha256(plain[0x100000:0x110000]).hexdigest()[:8]
     assert (said["sshs_legacy_hash"] == "e3b0c442") is (size == 4)
+    whole = path.read_bytes()  # modelspec's: of all tensor content, that is, of all behind the header
+    assert (
+        said["modelspec.hash_sha256"]
+        == "0x" + hashlib.sha256(whole[8 + int.from_bytes(whole[:8], "little") :]).hexdigest()
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,3 +92,115 @@ def test_family_comes_from_the_shapes_and_only_then_from_the_claim(tmp_path: Pat
     read = read_adapter(saved({**PAIR, **width}, tmp_path, claim))
     assert read.family == "sd1"
     assert read_header(write_adapter(read, tmp_path / "y")).metadata["ss_base_model_version"] == "sd_v1"
+
+
+# ---------------------------------------------------------------- a picture, and what is said afterwards
+
+
+@pytest.mark.parametrize(
+    ("mode", "size"), [("RGB", (900, 300)), ("RGBA", (40, 60)), ("P", (256, 256)), ("L", (1, 700))]
+)
+def test_a_thumbnail_is_a_small_jpeg_in_a_data_uri(mode: str, size: tuple[int, int], tmp_path: Path) -> None:
+    picture = Image.new(mode, size)
+    picture.info["parameters"] = "a secret prompt"
+    path = write_adapter(with_thumbnail(adapter(), picture), tmp_path / "x")
+    text = read_header(path).metadata["modelspec.thumbnail"]
+    kind, _, data = text.partition(",")
+    assert kind == "data:image/jpeg;base64"
+    shown = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
+    assert (shown.format, shown.mode) == ("JPEG", "RGB")
+    assert max(shown.size) == min(256, max(size))
+    assert abs(shown.width * size[1] - shown.height * size[0]) <= max(size)
+    assert b"secret" not in base64.b64decode(data)
+    assert (
+        read_adapter(write_adapter(read_adapter(path), tmp_path / "y")).metadata["modelspec.thumbnail"]
+        == text
+    )
+
+
+def test_what_is_transparent_is_white() -> None:
+    data = data_uri(Image.new("RGBA", (8, 8), (255, 0, 0, 0))).partition(",")[2]
+    assert Image.open(io.BytesIO(base64.b64decode(data))).getpixel((4, 4)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("spelling", ["kohya", "diffusers", "peft"])
+def test_a_file_is_told_anew_and_its_tensors_stay(spelling: str, tmp_path: Path) -> None:
+    path = write_adapter(
+        adapter(), tmp_path / "x", spelling=spelling, metadata={"ss_seed": "7", "note": "old"}
+    )
+    before = [read_header(file) for file in files_of(path)]
+    bodies = [
+        file.read_bytes()[header.data_start :] for file, header in zip(files_of(path), before, strict=True)
+    ]
+    retell(path, {"modelspec.author": "Ann", "note": None, "place": "/home/ann/x", "long": "é" * 5000})
+    for file, header, body in zip(files_of(path), before, bodies, strict=True):
+        after = read_header(file)
+        assert after.tensors == header.tensors
+        assert file.read_bytes()[after.data_start :] == body
+        assert after.data_start % 8 == 0
+        told = {"modelspec.author": "Ann", "place": "x", "long": "é" * 5000}
+        assert after.metadata == {k: v for k, v in header.metadata.items() if k != "note"} | told
+    assert_same(adapter(), read_adapter(path))
+
+
+def test_foreign_files_keep_the_order_of_their_tensors(tmp_path: Path) -> None:
+    """Another order would be another hash."""
+    listing = {"b": (0, 4), "a": (4, 8)}
+    text = json.dumps(
+        {n: {"dtype": "F32", "shape": [1], "data_offsets": list(at)} for n, at in listing.items()}
+    )
+    text += " " * (-len(text) % 8)
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text.encode() + bytes(range(8)))
+    save_metadata(path, {"x": "y"})
+    assert path.read_bytes().endswith(bytes(range(8)))
+    assert {n: (t.start, t.end) for n, t in read_header(path).tensors.items()} == listing
+    assert read_header(path).metadata == {"x": "y"}
+
+
+@pytest.mark.parametrize("key", ["sshs_model_hash", "modelspec.hash_sha256", "lora_adapter_metadata"])
+def test_what_the_tensors_say_is_not_told_anew(key: str, tmp_path: Path) -> None:
+    path = write_adapter(adapter(), tmp_path / "x")
+    before = path.read_bytes()
+    for wrong in ({key: "0"}, {key: None}, {"ss_seed": 7}):
+        with pytest.raises(ConfigError):
+            retell(path, wrong)  # type: ignore[arg-type]
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("fault", ["full", "short"])
+def test_what_cannot_be_written_loses_nothing(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At both sites: a new file over an old one, and an old file told anew. The disk is full, or writes half."""
+    path = write_adapter(adapter(), tmp_path / "x")
+    before = path.read_bytes()
+
+    def wrong(self: Path, data: bytes) -> int:
+        if fault == "full":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        with self.open("wb") as file:
+            return file.write(data[: len(data) // 2])
+
+    def too_late(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", wrong)
+        with pytest.raises(SaveFailed, match="the disk is full" if fault == "full" else "cut short"):
+            write_adapter(adapter(dora=True), path)
+    with monkeypatch.context() as patched:
+        if fault == "full":
+            patched.setattr("lora_core.safe_writes.os.fsync", too_late)
+        else:
+            patched.setattr(
+                "lora_core.safe_files.read_bytes", lambda file, at, count, path: b"0" * (count // 2)
+            )
+        with pytest.raises(SaveFailed):
+            retell(path, {"x": "y"})
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def files_of(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(path.rglob("*.safetensors"))

@@ -264,18 +264,6 @@ def test_every_target_group_trains(tmp_path: Path) -> None:
     assert finished.sha256 == adapter.metadata["sshs_model_hash"]
 
 
-def test_metadata_tells_the_training_and_no_folder(tmp_path: Path) -> None:
-    base = base_folder(tmp_path / "base")
-    pictures(tmp_path / "images", 3, caption="a zxq cat")
-    metadata = read_adapter(train(config(tmp_path, base))).metadata
-    assert metadata["ss_num_train_images"] == "3"
-    assert metadata["ss_network_dim"] == "4"
-    assert float(metadata["ss_network_alpha"]) == 6
-    assert metadata["ss_base_model_version"] == "sd_v1"
-    assert "[lora]" in metadata["loom.preset"]
-    assert not [k for k, v in metadata.items() if str(tmp_path) in v]
-
-
 def test_old_states_are_removed_and_every_lora_stays(tmp_path: Path) -> None:
     base = base_folder(tmp_path / "base")
     pictures(tmp_path / "images", 2)
