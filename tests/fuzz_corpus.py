@@ -24,7 +24,7 @@ from lora_core.formats.peft import CONFIG
 from lora_core.safe_files import read_header, read_raw, save_tensors
 from tests.lora_core.adapters_on_disk import adapter, low_rank
 from tests.lora_core.kinds_by_hand import KINDS, adapter_of
-from tests.small_models import save_ldm_single_file, small_pipeline
+from tests.small_models import FAMILIES, save_ldm_single_file, small_pipeline
 
 SIZES = {
     "F64": 8,
@@ -138,8 +138,9 @@ def corpus(folder: Path) -> list[Draft]:
     for name, (tensors, said) in {"cloneofsimo": numbered(), "tucker": tucker(), **words_alone()}.items():
         save_tensors(folder / "x.safetensors", tensors, said)
         drafts.append(taken_apart(name, folder / "x.safetensors"))
-    base = save_ldm_single_file(small_pipeline("sd1", clip_vocabulary=True), folder / "base.safetensors")
-    drafts.append(taken_apart("base sd1", base))
+    for family in FAMILIES:
+        pipe = small_pipeline(family, clip_vocabulary=True)
+        drafts.append(taken_apart(f"base {family}", save_ldm_single_file(pipe, folder / "base.safetensors")))
     return drafts
 
 
@@ -436,7 +437,7 @@ def other_file_beside(draft: Draft, r: random.Random) -> None:
     if draft.beside is None:
         other_metadata(draft, r)
         return
-    text = draft.beside.decode()
+    text = draft.beside.decode(errors="replace")
     draft.beside = r.choice(
         (
             lambda: spoiled_json(text, r).encode(errors="replace"),
