@@ -12,6 +12,7 @@ from lora_core.errors import Stopped
 from lora_core.generation import GenerationRequest, Steps
 from lora_core.mix import Mix
 from lora_core.samplers import scheduler_for
+from lora_core.upcast import overflows, same_dtype, to_fp32
 
 OnStep = Callable[[int, int], bool | None]  # step, steps -> False asks to stop
 OnLatents = Callable[[Tensor], None]  # (images, channels, h, w), after each step
@@ -62,6 +63,11 @@ def denoise(
             worn.note(step + 2, wardrobe.mixes())
             if texts != (texts := _texts(wardrobe.mixes())):
                 kwargs = {**kwargs, **encode(pipe, request, len(seeds))}
+        elif overflows(pipe.vae) and hasattr(pipe, "upcast_vae"):
+            # before SDXL's pipeline does it, whose own way is deprecated and warns at every picture; SD 1's and 2's
+            # decode in fp16 and have always done so
+            to_fp32(pipe.vae)
+            kwargs = {**kwargs, "latents": kwargs["latents"].float()}
         return kwargs
 
     pipeline.set_progress_bar_config(disable=True)
@@ -71,16 +77,17 @@ def denoise(
     pipeline.scheduler = scheduler_for(request.sampler, own)
     try:
         wardrobe.show(0.0)
-        result = pipeline(
-            prompt=[request.prompt] * len(seeds),
-            negative_prompt=[request.negative_prompt] * len(seeds),
-            num_inference_steps=request.steps,
-            guidance_scale=request.guidance,
-            width=request.width,
-            height=request.height,
-            generator=generators,
-            callback_on_step_end=after_step,
-        )
+        with same_dtype(pipeline.vae):
+            result = pipeline(
+                prompt=[request.prompt] * len(seeds),
+                negative_prompt=[request.negative_prompt] * len(seeds),
+                num_inference_steps=request.steps,
+                guidance_scale=request.guidance,
+                width=request.width,
+                height=request.height,
+                generator=generators,
+                callback_on_step_end=after_step,
+            )
     finally:
         pipeline.scheduler = own
     return list(result.images), worn.steps

@@ -16,6 +16,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from lora_core.upcast import upcast
+
 SIDE, COUNT = 16, 6  # latents the fit looks at: 1,536 cells for 15 unknowns
 
 
@@ -47,7 +49,9 @@ def fit(vae: Any) -> tuple[Tensor, Tensor]:
     channels, generator = vae.config.latent_channels, torch.Generator("cpu").manual_seed(0)
     coarse = torch.randn(COUNT, channels, 4, 4, generator=generator)
     smooth = F.interpolate(coarse, (SIDE, SIDE), mode="bicubic")
-    pixels = vae.decode((smooth / vae.config.scaling_factor).to(vae.device, vae.dtype)).sample.float().cpu()
+    with upcast(vae):
+        latents = (smooth / vae.config.scaling_factor).to(vae.device, vae.dtype)
+        pixels = vae.decode(latents).sample.float().cpu()
     colours = F.interpolate(pixels, (SIDE, SIDE), mode="area").movedim(1, -1).reshape(-1, 3)
     cells = smooth.movedim(1, -1).reshape(-1, channels)
     known = torch.cat([cells, torch.ones(len(cells), 1)], dim=1)

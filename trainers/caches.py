@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_core.errors import ConfigError, FileRefused, NotFinite, SaveFailed
 from lora_core.safe_files import read_header, read_tensors, save_tensors, sweep_partials
+from lora_core.upcast import upcast
 from trainers.buckets import View
 from trainers.dataset import Dataset, Example, pixels
 from trainers.images import decode, read_bytes
@@ -58,18 +59,12 @@ def check_latent_space(vae: Any) -> None:
 @contextmanager
 def encoding(vae: Any) -> Iterator[Any]:
     """The VAE ready to encode without gradients; SDXL's overflows in fp16 and is in fp32 for as long."""
-    before = vae.dtype
-    upcast = before == torch.float16 and bool(getattr(vae.config, "force_upcast", False))
     training = vae.training
     try:
         vae.eval()
-        if upcast:
-            nn.Module.to(vae, torch.float32)
-        with torch.no_grad():
+        with torch.no_grad(), upcast(vae):
             yield vae
     finally:
-        if upcast:
-            nn.Module.to(vae, before)  # exact: every fp16 is an fp32
         vae.train(training)
 
 

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lora_core.upcast import upcast
 from trainers.demo_scenes import COLOURS
 
 Spaces = dict[str, Tensor]  # "thumbnail" (N, 192) and "latent" (N, C*h*w)
@@ -37,10 +38,11 @@ def embed(images: Sequence[Image.Image], vae: Any, size: tuple[int, int] | None 
     """Both spaces of each picture."""
     pixels = rgb(images, size)
     small = torch.nn.functional.interpolate(pixels, (8, 8), mode="area").flatten(1)
-    parts = [
-        vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mean.float().cpu().flatten(1)
-        for part in torch.split(pixels, 16)
-    ]
+    with upcast(vae):
+        parts = [
+            vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mean.float().cpu().flatten(1)
+            for part in torch.split(pixels, 16)
+        ]
     return {"thumbnail": small, "latent": torch.cat(parts) * vae.config.scaling_factor}
 
 

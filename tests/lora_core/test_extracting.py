@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora_core import Adapter, LivePipeline, extract, open_base
+from lora_core import Adapter, LivePipeline, bake, extract, open_base
 from lora_core.adapter import file_path, live_path
 from lora_core.deltas.bias import WithBias
 from lora_core.deltas.full import Full
@@ -19,7 +19,7 @@ from lora_core.deltas.low_rank import LowRank
 from lora_core.errors import ConfigError, LoraError, NothingMatched, WrongFamily
 from lora_core.extracting import FROM, LEFT_OUT, LOST_BY_LAYER
 from lora_core.lower_rank import LOST
-from tests.lora_core.test_pipeline import random_adapter
+from tests.lora_core.test_pipeline import bits, random_adapter, same_bits
 from tests.small_models import save_folder, save_ldm_single_file, small_pipeline
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
@@ -210,3 +210,34 @@ def test_models_that_do_not_belong_together_are_refused_in_a_sentence() -> None:
         extract(base, norms, rank=2, others="drop")  # type: ignore[arg-type]
     with pytest.raises(LoraError, match="no model with a UNet"):
         extract(nn.Linear(2, 2), base, rank=2)
+
+
+@pytest.mark.parametrize("family", ["sd2", "sdxl"])
+def test_from_single_files_whose_openclip_is_fused(family: str, tmp_path: Path) -> None:
+    """What a baked LoRA has changed is found again, in q, k and v and the projection too; and what is written over a
+    live model comes back from the parts of the file."""
+    pipe = small_pipeline(family, clip_vocabulary=True)
+    base = tmp_path / "base.safetensors"
+    save_ldm_single_file(pipe, base, {"modelspec.prediction_type": "v"} if family == "sd2" else None)
+    live = LivePipeline.open(base, device="cpu", dtype=torch.float32)
+    ink = random_adapter(live, 1, name="ink")
+    bake(base, [(ink, 0.8)], tmp_path / "tuned.safetensors")
+    found = extract(base, tmp_path / "tuned.safetensors", rank=3, targets="attention")
+    component = "text_encoder" if family == "sd2" else "text_encoder_2"
+    assert found.deltas.keys() == ink.deltas.keys()
+    fused = [
+        path
+        for path in ink.deltas
+        if path.startswith(f"{component}.") and path.endswith(("q_proj", "v_proj"))
+    ]
+    assert len(fused) == 4
+    for path in fused:
+        w = torch.zeros(ink.deltas[path].shape())
+        assert torch.allclose(found.deltas[path].delta(w), 0.8 * ink.deltas[path].delta(w), atol=1e-5), path
+    before, live._base.keep = bits(live), "checkpoint"
+    live.load(ink, "ink", 0.8)
+    live.fuse()
+    assert not same_bits(live, before)
+    live.unload()
+    assert same_bits(live, before)
+    assert live.verify_base()
