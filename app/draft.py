@@ -15,8 +15,8 @@ from pathlib import Path
 
 from lora_core.errors import ConfigError, LoraError
 from lora_core.safe_writes import copy_atomic, write_atomic
-from trainers.captions import read_caption, sidecar
-from trainers.dataset import picture_files
+from trainers.captions import own_caption, sidecar, sidecars
+from trainers.folders import picture_files
 from trainers.images import EXTENSIONS, open_image
 
 
@@ -52,7 +52,7 @@ class Draft:
 
     def entries(self) -> list[Entry]:
         found = picture_files(self.folder)
-        return [Entry(p, (read_caption(sidecar(p)).text or "") if sidecar(p).exists() else "") for p in found]
+        return [Entry(p, "\n".join(own_caption(p).lines)) for p in found]
 
     def find(self, name: str) -> Path | None:
         """The picture of this name; None where there is none (any longer)."""
@@ -65,13 +65,14 @@ class Draft:
         picture = self.folder / _plain_name(name)
         path = sidecar(picture)
         if text.strip() and picture.exists():
-            write_atomic(path, lambda target: _write(target, " ".join(text.split()) + "\n"))
+            lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+            write_atomic(path, lambda target: _write(target, "\n".join(lines) + "\n"))
         else:
             path.unlink(missing_ok=True)
 
     def remove(self, name: str) -> None:
         picture = self.folder / _plain_name(name)
-        for path in (picture, sidecar(picture)):
+        for path in (picture, *sidecars(picture)):
             path.unlink(missing_ok=True)
         self.revision += 1
 

@@ -98,7 +98,7 @@ class Peer:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.train.learning_rate, weight_decay=1e-2)
         self.abar = self.pipe.scheduler.alphas_cumprod
         self.generator = torch.Generator().manual_seed(config.seed)
-        (self.picture,) = sorted(config.data.images.glob("*.png"))
+        (self.picture,) = sorted(config.datasets[0].images.glob("*.png"))
         self.step()
 
     def step(self) -> None:

@@ -35,6 +35,7 @@ TRAINERS_FOR_APP = {
     "presets",
     "events",
     "dataset",
+    "folders",
     "buckets",
     "images",
     "captions",

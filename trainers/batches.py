@@ -1,5 +1,5 @@
-"""From the samplers' draws to what one UNet call needs. All chance comes from one CPU generator, in this order:
-the VAE's posterior, the noise, the timesteps."""
+"""From the samplers' draws to what one UNet call needs. All chance of tensors comes from one CPU generator, in this
+order: the VAE's posterior, the noise, the timesteps; that of crops, flips and words from the draw itself."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ import torch
 from torch import Tensor
 
 from trainers.buckets import View
-from trainers.caches import LatentCache, draw_latents, encoding, posterior
-from trainers.conditioning import Conditioning, encode, tokenize
-from trainers.dataset import Dataset, Example, Sampler
+from trainers.caches import Encoded, LatentCache, draw_latents, encode_view, encoding
+from trainers.dataset import Dataset, Example, read
 from trainers.diffusion import draw_noise
+from trainers.folders import Kind
+from trainers.sampler import BatchSampler
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures of the subject first, pictures of the class after. On the CPU until `to`."""
+    """Pictures of the subject first, pictures of the class after, all of one size. On the CPU until `to`."""
 
     z: Tensor  # (N, 4, h, w) scaled latents
     eps: Tensor  # like z
     t: Tensor  # (N,) timesteps
     share: Tensor  # (N,) of each picture in the loss
+    mask: Tensor  # (N, 1, h, w) what each latent counts in its picture's loss, 1 on average
     time_ids: Tensor  # (N, 6) SDXL's
     captions: list[str]
     names: list[str]  # of the picture files, for messages
@@ -50,6 +52,9 @@ class Batch:
         return Batch(**sent)  # type: ignore[arg-type]
 
 
+Row = tuple[Example, View, str]  # with its prompt
+
+
 class Feeder:
     """Draws batches; its position is plain JSON and can be taken up again in mid-epoch."""
 
@@ -63,70 +68,81 @@ class Feeder:
         prior_weight: float = 1.0,
         seed: int,
         noise: Mapping[str, float] | None = None,
+        mask_floor: float = 0.0,
     ) -> None:
-        """`noise`: what `draw_noise` takes."""
-        self.dataset, self.vae, self.cache = dataset, vae, cache
-        self.batch_size, self.prior_weight, self.noise = batch_size, prior_weight, noise or {}
-        self.samplers = {"instance": Sampler(len(dataset.instances), seed=seed)}
+        """`noise`: what `draw_noise` takes; `mask_floor`: what `weigh` takes."""
+        self.dataset, self.vae, self.cache, self.batch_size = dataset, vae, cache, batch_size
+        self.prior_weight, self.noise, self.mask_floor = prior_weight, noise or {}, mask_floor
+        self._turns: dict[Kind, list[Example]] = {"instance": turns(dataset.instances)}
         if dataset.classes:
-            self.samplers["class"] = Sampler(len(dataset.classes), seed=seed + 1)
+            self._turns["class"] = turns(dataset.classes)
+        self.samplers = {
+            kind: BatchSampler([e.plan.bucket for e in mine], seed=seed + i)
+            for i, (kind, mine) in enumerate(self._turns.items())
+        }
 
-    def next(self, generator: torch.Generator, timesteps: int) -> Batch:
-        rows: list[tuple[Example, View]] = []
-        for kind, sampler in self.samplers.items():
-            examples = self.dataset.instances if kind == "instance" else self.dataset.classes
-            for draw in sampler.take(self.batch_size):
-                rows.append((examples[draw.index], self.dataset.view(examples[draw.index], draw.rng())))
-        z = self._latents(rows, generator)
+    def next(self, generator: torch.Generator, timesteps: int) -> list[Batch]:
+        """What one step of the batch size sees: one batch, or two where the class has another size than the pictures
+        to learn; the losses of the two add up to that of the one."""
+        drawn = {kind: self.draw(kind) for kind in self._turns}
+        instances, classes = drawn["instance"], drawn.get("class", [])
+        if classes and classes[0][0].plan.bucket != instances[0][0].plan.bucket:
+            return [
+                self._batch(instances, len(instances), generator, timesteps),
+                self._batch(classes, 0, generator, timesteps),
+            ]
+        return [self._batch([*instances, *classes], len(instances), generator, timesteps)]
+
+    def draw(self, kind: Kind) -> list[Row]:
+        """The next batch of the pictures to learn, or of the class: what is shown, cut and said."""
+        found = []
+        for draw in self.samplers[kind].take(self.batch_size):
+            example = self._turns[kind][draw.index]
+            found.append((example, example.view(draw), example.words(draw)))
+        return found
+
+    def _batch(
+        self, rows: Sequence[Row], instances: int, generator: torch.Generator, timesteps: int
+    ) -> Batch:
+        encoded = self._encoded(rows)
+        mean, std = torch.stack([e.mean for e in encoded]), torch.stack([e.std for e in encoded])
+        z = draw_latents(self.vae, mean, std, generator)
         eps = draw_noise(z.shape, generator, **self.noise)
         t = torch.randint(timesteps, (len(z),), generator=generator)
-        share = torch.full((len(rows),), 1 / self.batch_size)
-        share[self.batch_size :] *= self.prior_weight
+        share = torch.full((len(rows),), 1 / max(instances, 1))
+        share[instances:] = self.prior_weight / max(len(rows) - instances, 1)
+        share *= torch.tensor([example.source.weight for example, _, _ in rows])
         # fp32 whatever the text is in: bf16 would round 1023 pixels to 1024. The UNet casts after its sinusoids.
-        time_ids = torch.tensor([view.time_ids(example.original_size) for example, view in rows]).float()
-        captions = [example.caption for example, _ in rows]
-        return Batch(z, eps, t, share, time_ids, captions, [example.path.name for example, _ in rows])
+        time_ids = torch.tensor([view.time_ids(example.original_size) for example, view, _ in rows]).float()
+        captions, names = [words for _, _, words in rows], [example.path.name for example, _, _ in rows]
+        return Batch(z, eps, t, share, weigh(encoded, self.mask_floor), time_ids, captions, names)
 
-    def _latents(self, rows: Sequence[tuple[Example, View]], generator: torch.Generator) -> Tensor:
+    def _encoded(self, rows: Sequence[Row]) -> list[Encoded]:
         if self.cache is not None:
-            return self.cache.sample([self.cache.key(*row) for row in rows], generator)
+            return [self.cache.encoded(example, view) for example, view, _ in rows]
         with encoding(self.vae) as vae:
-            mean, std = posterior(vae, torch.stack([self.dataset.pixels(*row) for row in rows]))
-        return draw_latents(self.vae, mean.cpu(), std.cpu(), generator)
+            return [encode_view(vae, example, view, read(example)) for example, view, _ in rows]
 
-    def state(self) -> dict[str, dict[str, int]]:
+    def state(self) -> dict[str, Any]:
         return {kind: sampler.state() for kind, sampler in self.samplers.items()}
 
-    def restore(self, state: dict[str, dict[str, int]]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Raises ConfigError when the folders now hold other than as many pictures."""
-        counts = {kind: sampler.count for kind, sampler in self.samplers.items()}
-        self.samplers = {kind: Sampler.from_state(state[kind], count=counts[kind]) for kind in self.samplers}
+        for kind, sampler in self.samplers.items():
+            sampler.restore(state[kind])
 
 
-class Words:
-    """Captions -> conditioning. Frozen encoders are asked once per caption, before the first step."""
+def turns(examples: Sequence[Example]) -> list[Example]:
+    """An epoch of them: each as often as its folder says."""
+    return [example for example in examples for _ in range(example.source.repeats)]
 
-    def __init__(self, pipeline: Any, captions: Sequence[str], *, frozen: bool) -> None:
-        self._pipeline, self._captions = pipeline, sorted(set(captions))
-        tokens = tokenize(pipeline, self._captions)
-        self._ids, self.cut = tokens.ids, tokens.cut
-        self._rows = {caption: row for row, caption in enumerate(self._captions)}
-        self._known: Conditioning | None = None
-        if frozen:
-            with torch.no_grad():
-                parts = [
-                    self._encode(list(range(i, min(i + 8, len(self._captions)))))
-                    for i in range(0, len(self._captions), 8)
-                ]
-            pooled = [p.pooled for p in parts if p.pooled is not None]
-            self._known = Conditioning(
-                torch.cat([p.hidden for p in parts]), torch.cat(pooled) if pooled else None
-            )
 
-    def __call__(self, captions: Sequence[str]) -> Conditioning:
-        """-> conditioning of each caption, with gradients where the encoders train."""
-        rows = [self._rows[caption] for caption in captions]
-        return self._known.at(rows) if self._known is not None else self._encode(rows)
-
-    def _encode(self, rows: list[int]) -> Conditioning:
-        return encode(self._pipeline.components, {c: ids[rows] for c, ids in self._ids.items()})
+def weigh(encoded: Sequence[Encoded], floor: float) -> Tensor:
+    """Masks -> (N, 1, h, w): floor + (1 - floor) mask, over its own mean, so that a small subject is not learnt more
+    slowly than a large one; 1 for a picture without a mask."""
+    rows = []
+    for e in encoded:
+        weight = torch.ones_like(e.mean[:1]) if e.mask is None else floor + (1 - floor) * e.mask
+        # a crop that the mask leaves out has no loss at floor 0
+        rows.append(weight / weight.mean().clamp(min=1e-6))
+    return torch.stack(rows)

@@ -18,15 +18,19 @@ from lora_core.train_form import LoraForm, attach, detach
 from lora_core.trainable.words import learn_words
 from trainers import class_images, events, optim
 from trainers.average import Average
-from trainers.batches import Feeder, Words
+from trainers.batches import Feeder
 from trainers.caches import LatentCache
 from trainers.config import TrainConfig
 from trainers.control import StopRequest
-from trainers.dataset import Dataset, scan
+from trainers.dataset import Dataset
 from trainers.diffusion import NoiseSchedule
 from trainers.finish import try_spelling
+from trainers.kept_tensors import FillReport
 from trainers.run_folder import RunFolder
+from trainers.scan import scan
+from trainers.scan_report import ScanReport, listed
 from trainers.training_facts import Ran
+from trainers.words import Words, prompts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -89,22 +93,9 @@ def prepare(config: TrainConfig, folder: RunFolder, stop: StopRequest, emit: eve
     if config.train.cache_latents:
         cache = LatentCache(folder.cache, pipeline.vae)
         filled = cache.fill(dataset, lambda done, total: stop.check())
-        emit(
-            events.Note(
-                text=f"Latents: {filled.built} encoded, {filled.found} found, {len(filled.rebuilt)} rebuilt."
-            )
-        )
-        for picture, reason in filled.unsaved.items():
-            emit(events.Note(text=f"The latents of {picture} are kept in memory only: {reason}"))
+        say_filled("Latents", filled, emit)
         pipeline.vae.to("cpu")
-    encoding = config.train.trains_text_encoder or bool(config.lora.new_tokens)
-    words = Words(pipeline, [e.caption for e in dataset.examples], frozen=not encoding)
-    for cut in words.cut:
-        emit(events.Note(text=str(cut)))
-    if not encoding:
-        for component in live.models:
-            if component != "unet":
-                live.models[component].to("cpu")
+    words = find_words(config, folder, live, form, dataset, stop, emit)
     rates = {c: config.train.rate_of(c) for c in trained_components(config, live)} | config.train.rates
     groups = form.parameter_groups(rates, ratio=config.train.lora_plus_ratio)
     if form.words is not None:
@@ -118,6 +109,7 @@ def prepare(config: TrainConfig, folder: RunFolder, stop: StopRequest, emit: eve
         prior_weight=config.data.prior_weight,
         seed=config.seed,
         noise={"offset": config.train.noise_offset, "pyramid": config.train.pyramid_noise},
+        mask_floor=config.data.mask_floor,
     )
     generator = torch.Generator("cpu").manual_seed(config.seed)
     return Bench(
@@ -155,17 +147,56 @@ def precision(config: TrainConfig) -> str:
 def find_pictures(config: TrainConfig, live: LivePipeline, stop: StopRequest, emit: events.Emit) -> Dataset:
     """The dataset, with the class pictures made first; every file of the folders is accounted for in Notes."""
     resolution = config.data.resolution or live.resolution
-    config = config.model_copy(update={"data": config.data.model_copy(update={"resolution": resolution})})
-    # the folder to learn is looked at before the base spends time on class pictures
-    alone = config.data.model_copy(update={"class_images": None, "class_count": 0, "class_prompt": None})
-    scan(alone, resolution)
-    folder = class_images.class_folder(config, live.base_name)
-    if folder is not None:
-        class_images.fill(folder, config, live, stop, emit)
-    settings = config.data.model_copy(update={"class_images": folder})
-    return scan(
-        settings, resolution, report=lambda report: emit(events.Note(text=f"{report.folder.name}: {report}"))
-    )
+    if any(
+        d.class_count for d in config.datasets
+    ):  # folders are looked at before the base spends time on pictures
+        no_class = {"class_images": None, "class_count": 0, "class_prompt": None}
+        scan(config.data, resolution, datasets=[d.model_copy(update=no_class) for d in config.datasets])
+    datasets = []
+    for settings in config.datasets:
+        sized = settings.model_copy(update={"resolution": settings.resolution or resolution})
+        folder = class_images.class_folder(sized, config.output, live.base_name)
+        if folder is not None:
+            class_images.fill(folder, sized, config.preview, live, stop, emit)
+        datasets.append(sized.model_copy(update={"class_images": folder}))
+
+    def say(report: ScanReport) -> None:
+        emit(events.Note(text=f"{report.folder.name}: {report}"))
+
+    return scan(config.data, resolution, datasets=datasets, report=say)
+
+
+def find_words(
+    config: TrainConfig,
+    folder: RunFolder,
+    live: LivePipeline,
+    form: LoraForm,
+    dataset: Dataset,
+    stop: StopRequest,
+    emit: events.Emit,
+) -> Words:
+    """The prompts' encoders: frozen where nothing about them trains. What is too long for them is said."""
+    kept = folder.cache if config.train.cache_text else None
+    words = Words(live.pipeline, live.pipeline.unet.device, form=form, folder=kept)
+    known, complete = prompts(dataset.examples)
+    for cut in words.cut(known):
+        emit(events.Note(text=str(cut)))
+    for component in words.components:
+        if component not in trained_components(config, live) and not config.lora.new_tokens:
+            filled = words.freeze(component, known if complete else None, stop.check)
+            say_filled(f"Prompts ({component})", filled, emit)
+    return words
+
+
+def say_filled(what: str, filled: FillReport, emit: events.Emit) -> None:
+    if filled.built or filled.found:
+        emit(events.Note(text=f"{what}: {filled}."))
+    for name in filled.rebuilt:
+        emit(
+            events.Note(text=f"{what}: what was kept of {name} was damaged or not finite, and was made anew.")
+        )
+    for name, reason in filled.unsaved.items():
+        emit(events.Note(text=f"{what}: {name} is kept in memory only: {reason}"))
 
 
 def trained_components(config: TrainConfig, live: LivePipeline) -> list[str]:
@@ -213,10 +244,15 @@ def check_settings_have_their_component(config: TrainConfig, trained: list[str])
 
 def check_words_are_used(config: TrainConfig, dataset: Dataset) -> None:
     """Raise ConfigError for a new word that no caption has: it would stay what it began as."""
+    texts = [
+        *(line for e in dataset.instances for line in e.lines),
+        *(d.trigger or "" for d in config.datasets),
+    ]
     for word in config.lora.new_tokens:
-        if not any(word in example.caption for example in dataset.instances):
+        if not any(word in text for text in texts):
+            folders = listed([d.images.name for d in config.datasets])
             raise ConfigError(
-                f'lora.new_tokens: "{word}" is in no caption of {config.data.images.name}, so nothing would teach it. '
+                f'lora.new_tokens: "{word}" is in no caption of {folders}, so nothing would teach it. '
                 f'Write it there, or in data.prompt, such as "a photo of {word}".'
             )
 

@@ -1,32 +1,61 @@
 """Latents kept on disk by content, so that the VAE runs once per picture and then leaves the device.
 
 What is kept is the posterior's mean and deviation, not one sample of it: each step draws anew, as it would
-with the VAE at hand. A file's name is the SHA-256 of all that decides its content; a file that does not say
-exactly what it should is built again.
+with the VAE at hand; and with masked loss the mask as the latents see it. A file's name is the SHA-256 of all that
+decides its content; a file that does not say exactly what it should is built again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_core.errors import ConfigError, FileRefused, NotFinite, SaveFailed
-from lora_core.safe_files import read_header, read_tensors, save_tensors, sweep_partials
+from lora_core.errors import ConfigError, NotFinite, SaveFailed
 from lora_core.upcast import upcast
 from trainers.buckets import View
-from trainers.dataset import Dataset, Example, pixels
-from trainers.images import decode, read_bytes
+from trainers.dataset import Bytes, Dataset, Example, coverage, layers, pixels, read
+from trainers.kept_tensors import FillReport, KeptTensors, all_finite, weights_identity
 
-FORMAT = "latents 1"  # raise it when what a file means changes: old ones are then simply not found
-Posterior = tuple[Tensor, Tensor]  # mean, std: (4, h, w) each, fp32, on the CPU
+FORMAT = "latents 2"  # raise it when what a file means changes: old ones are then simply not found
+Posterior = tuple[Tensor, Tensor]  # mean, std: (N, 4, h, w) each, fp32, on the CPU
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One view of one picture: `mean` and `std` (4, h, w) of its posterior, and `mask` (1, h, w), 0 to 1, if it has
+    one; fp32, on the CPU."""
+
+    mean: Tensor
+    std: Tensor
+    mask: Tensor | None = None
+
+
+def encode_view(vae: Any, example: Example, view: View, data: Bytes) -> Encoded:
+    """One picture at a time, so that its bits never depend on its neighbours: cached equals uncached.
+
+    Raises BadImage, ConfigError for a picture that changed since the scan, NotFinite for a VAE that overflows.
+    """
+    image, mask = layers(example, data)
+    if image.size != example.original_size:
+        raise ConfigError(
+            f"{example.path.name} is another picture than when the folder was read: start again."
+        )
+    mean, std = (t[0].cpu() for t in posterior(vae, pixels(image, view)[None]))
+    if not all_finite({"mean": mean, "std": std}):
+        raise NotFinite(
+            f"The VAE makes NaN or Inf of {example.path.name} in {vae.dtype}. "
+            'Set train.base_dtype = "fp32" or "bf16".'
+        )
+    height, width = mean.shape[-2:]
+    return Encoded(mean, std, None if mask is None else coverage(mask, view, (height, width)))
 
 
 def posterior(vae: Any, images: Tensor) -> Posterior:
@@ -68,146 +97,82 @@ def encoding(vae: Any) -> Iterator[Any]:
         vae.train(training)
 
 
-def vae_identity(vae: Any) -> str:
-    """SHA-256 of the VAE's weights and their dtypes; the same VAE in another precision has another."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(vae.state_dict().items()):
-        plain = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {plain.dtype} {tuple(plain.shape)};".encode())
-        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-@dataclass
-class FillReport:
-    """Counts of latents, and by name what a user should hear of."""
-
-    found: int = 0
-    built: int = 0
-    rebuilt: list[str] = field(default_factory=list)
-    """Pictures whose file was damaged."""
-    unsaved: dict[str, str] = field(default_factory=dict)
-    """Pictures whose latents are only in memory -> why (a full disk, say)."""
-
-
 class LatentCache:
-    """Posteriors of a dataset, in memory and under `folder`.
+    """What a VAE makes of a dataset, in memory and under `folder`.
 
         cache = LatentCache(folder, vae)
         cache.fill(dataset)                    # the VAE may then leave the device
-        z = cache.sample([cache.key(example, view), ...], generator)
+        cache.encoded(example, view)
 
-    Keys are strings; one cache serves one VAE.
+    One cache serves one VAE.
     """
 
     def __init__(self, folder: Path, vae: Any) -> None:
         check_latent_space(vae)
         self.folder, self.vae = folder, vae
-        self._keys: dict[tuple[Path, View], str] = {}
-        self._posteriors: dict[str, Posterior] = {}
+        self._keys: dict[tuple[Example, View], str] = {}
+        self._kept: dict[str, Encoded] = {}
 
     def key(self, example: Example, view: View) -> str:
         """Of a view that `fill` has seen; a ValueError for any other."""
         try:
-            return self._keys[example.path, view]
+            return self._keys[example, view]
         except KeyError:
             raise ValueError(
                 f"{example.path.name} with {view} was not cached: fill() saw another dataset"
             ) from None
 
+    def encoded(self, example: Example, view: View) -> Encoded:
+        """Of a view that `fill` has seen; a ValueError for any other."""
+        return self._kept[self.key(example, view)]
+
     def fill(self, dataset: Dataset, progress: Callable[[int, int], None] | None = None) -> FillReport:
         """Have every view of every example, from disk where its file is whole, else by encoding the picture.
 
-        `progress(done, total)` after each. Raises BadImage for a picture that changed for the worse since the
-        scan, ConfigError for random crops, NotFinite for a VAE that overflows.
+        `progress(done, total)` after each. Raises ConfigError for random crops, and as `encode_view`.
         """
-        with suppress(OSError):  # each file that cannot be written is then in the report with the reason
-            self.folder.mkdir(parents=True, exist_ok=True)
-        sweep_partials(self.folder)
-        report = FillReport()
-        jobs = [(example, view) for example in dataset.examples for view in dataset.views(example)]
+        files, report = KeptTensors(self.folder), FillReport()
+        jobs = [(example, view) for example in dataset.examples for view in example.views()]
         with encoding(self.vae):
-            identity = vae_identity(self.vae)  # in the precision it encodes in
+            identity = weights_identity(self.vae)  # in the precision it encodes in
             for done, (example, view) in enumerate(jobs, 1):
-                self._have(example, view, identity, report)
+                self._have(example, view, identity, files, report)
                 if progress is not None:
                     progress(done, len(jobs))
         return report
 
-    def sample(self, keys: Sequence[str], generator: torch.Generator | None = None) -> Tensor:
-        """-> one fresh draw per key, (N, 4, h, w) fp32 on the CPU."""
-        mean, std = self.mean_std(keys)
-        return draw_latents(self.vae, mean, std, generator)
-
-    def mean_std(self, keys: Sequence[str]) -> Posterior:
-        """What `posterior` said, (N, 4, h, w) each."""
-        pairs = [self._posteriors[key] for key in keys]
-        return torch.stack([mean for mean, _ in pairs]), torch.stack([std for _, std in pairs])
-
-    def _have(self, example: Example, view: View, identity: str, report: FillReport) -> None:
-        data = read_bytes(example.path)
-        key = _key(data, view, identity)
-        self._keys[example.path, view] = key
-        if key in self._posteriors:  # the same picture twice
+    def _have(
+        self, example: Example, view: View, identity: str, files: KeptTensors, report: FillReport
+    ) -> None:
+        data = read(example)
+        key = view_key(example, view, data, identity)
+        self._keys[example, view] = key
+        if key in self._kept:  # the same picture twice
             report.found += 1
             return
-        path = self.folder / f"{key}.safetensors"
-        kept = load_posterior(path, key)
-        if kept is not None:
+        tensors = files.load(key)
+        if tensors is not None and tensors.keys() - {"mask"} == {"mean", "std"}:
             report.found += 1
-        else:
-            if path.exists():
-                report.rebuilt.append(example.path.name)
-            kept = self._encode(data, example, view)
-            report.built += 1
-            try:
-                save_posterior(path, key, kept)
-            except SaveFailed as problem:  # training goes on from memory; the next run encodes again
-                report.unsaved[example.path.name] = str(problem)
-        self._posteriors[key] = kept
-
-    def _encode(self, data: bytes, example: Example, view: View) -> Posterior:
-        image = decode(data, example.path)
-        if image.size != example.original_size:
-            raise ConfigError(
-                f"{example.path.name} is another picture than when the folder was read: start again."
-            )
-        mean, std = (t[0].cpu() for t in posterior(self.vae, pixels(image, view)[None]))
-        if not bool(torch.isfinite(mean).all() and torch.isfinite(std).all()):
-            raise NotFinite(
-                f"The VAE makes NaN or Inf of {example.path.name} in {self.vae.dtype}. "
-                'Set train.base_dtype = "fp32" or "bf16".'
-            )
-        return mean, std
+            self._kept[key] = Encoded(**tensors)
+            return
+        if files.path(key).exists():
+            report.rebuilt.append(example.path.name)
+        kept = encode_view(self.vae, example, view, data)
+        report.built += 1
+        try:
+            files.save(key, {name: t for name, t in vars(kept).items() if t is not None})
+        except SaveFailed as problem:  # training goes on from memory; the next run encodes again
+            report.unsaved[example.path.name] = str(problem)
+        self._kept[key] = kept
 
 
-def _key(data: bytes, view: View, identity: str) -> str:
-    facts = [FORMAT, identity, hashlib.sha256(data).hexdigest(), view.plan.resized, view.plan.box, view.flip]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+def view_key(example: Example, view: View, data: Bytes, identity: str) -> str:
+    """SHA-256 of all that decides an `Encoded`."""
+    mask = None if not example.masked else "opacity" if data.mask is None else _sha256(data.mask)
+    crop = [view.plan.resized, view.plan.box, view.flip]
+    facts = [FORMAT, identity, _sha256(data.picture), mask, example.source.settings.background, *crop]
+    return _sha256(json.dumps(facts).encode())
 
 
-def _checksum(key: str, kept: Posterior) -> str:
-    digest = hashlib.sha256(key.encode())
-    for tensor in kept:
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def save_posterior(path: Path, key: str, kept: Posterior) -> None:
-    save_tensors(path, dict(zip(("mean", "std"), kept, strict=True)), {"sha256": _checksum(key, kept)})
-
-
-def load_posterior(path: Path, key: str) -> Posterior | None:
-    """-> what the file holds, or None if there is none or it is not word for word what was saved."""
-    if not path.is_file():
-        return None
-    try:
-        header = read_header(path)
-        if set(header.tensors) != {"mean", "std"} or header.metadata.keys() != {"sha256"}:
-            return None
-        tensors = read_tensors(header)
-    except FileRefused:
-        return None
-    kept = tensors["mean"], tensors["std"]
-    return kept if header.metadata["sha256"] == _checksum(key, kept) else None
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

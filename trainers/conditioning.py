@@ -78,21 +78,36 @@ def tokenize(pipeline: Any, prompts: Sequence[str]) -> Tokens:
     return Tokens(ids, tuple(cut))
 
 
+def lengths(pipeline: Any, prompts: Sequence[str]) -> list[int]:
+    """Tokens of each prompt with both end marks, uncut; of the encoder that makes the most of it."""
+    counts = []
+    for name in TOKENIZERS.values():
+        if (tokenizer := getattr(pipeline, name, None)) is not None:
+            spelled = [pipeline.maybe_convert_prompt(prompt, tokenizer) for prompt in prompts]
+            counts.append([len(ids) for ids in tokenizer(spelled, verbose=False).input_ids])
+    return [max(each) for each in zip(*counts, strict=True)]
+
+
 def encode(components: Mapping[str, Any], ids: Mapping[str, Tensor]) -> Conditioning:
     """Token ids -> conditioning, on the encoders' device and in their dtype; gradients flow.
 
     `components` is `pipeline.components` or any mapping that has the encoders `ids` names.
     """
-    states, pooled = [], None
-    both = len(ids) > 1
-    for component, tokens in ids.items():
-        encoder = components[component]
-        output = encoder(tokens.to(encoder.device), output_hidden_states=both)
-        # SDXL was trained on the layer before the last, without the final norm; SD on the last, with it.
-        states.append(output.hidden_states[-2] if both else output.last_hidden_state)
-        if both and component == "text_encoder_2":
-            pooled = output.text_embeds
-    return Conditioning(torch.cat(states, dim=-1), pooled)
+    return joined([encode_alone(components[c], c, tokens, both=len(ids) > 1) for c, tokens in ids.items()])
+
+
+def encode_alone(encoder: Any, component: str, ids: Tensor, *, both: bool) -> Conditioning:
+    """What one text encoder contributes; `both`: whether it is one of SDXL's two."""
+    output = encoder(ids.to(encoder.device), output_hidden_states=both)
+    # SDXL was trained on the layer before the last, without the final norm; SD on the last, with it.
+    hidden = output.hidden_states[-2] if both else output.last_hidden_state
+    return Conditioning(hidden, output.text_embeds if both and component == "text_encoder_2" else None)
+
+
+def joined(parts: Sequence[Conditioning]) -> Conditioning:
+    """The encoders' contributions side by side, in their order."""
+    pooled = [part.pooled for part in parts if part.pooled is not None]
+    return Conditioning(torch.cat([part.hidden for part in parts], dim=-1), pooled[0] if pooled else None)
 
 
 def added_conditions(conditioning: Conditioning, time_ids: Tensor) -> dict[str, Tensor] | None:

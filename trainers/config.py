@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -18,7 +18,7 @@ from lora_core.config import LoraConfig
 from lora_core.errors import ConfigError
 from lora_core.init_names import is_from_base
 from lora_core.unet_blocks import check_named
-from trainers.config_data import DataSettings
+from trainers.config_data import DatasetSettings, DataSettings, FolderSettings
 from trainers.config_table import (
     AnyPath,
     BaseName,
@@ -219,6 +219,8 @@ class TrainSettings(Table):
     """Compute activations twice instead of keeping them: far less memory, about a third slower."""
     cache_latents: bool = True
     """Encode every picture once, before the first step; the VAE then leaves the device."""
+    cache_text: bool = True
+    """Encode every prompt once where the text encoders are not trained; they then leave the device."""
     channels_last: bool = False
     """Memory order that convolutions like better: faster on some cards and on CPUs."""
     log_every: Positive | None = None
@@ -374,6 +376,8 @@ class TrainConfig(Table):
     """What the LoRA looks like and where it goes."""
     data: DataSettings
     """The pictures and their words."""
+    dataset: Annotated[tuple[DatasetSettings, ...], Field(strict=False)] = ()
+    """Several folders of pictures, each a [[dataset]] table, in place of data.images."""
     train: TrainSettings = Field(default_factory=TrainSettings)
     """How long, how fast and with how much memory."""
     save: SaveSettings = Field(default_factory=SaveSettings)
@@ -383,9 +387,31 @@ class TrainConfig(Table):
     report: ReportSettings = Field(default_factory=ReportSettings)
     """The sheet of before and after."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit(cls, given: Any) -> Any:
+        """What a [[dataset]] leaves out is as in [data]."""
+        if not isinstance(given, dict) or not isinstance(given.get("dataset"), list | tuple):
+            return given
+        shared = FolderSettings.model_fields.keys() - {"images"}
+        common = {k: v for k, v in _given(given.get("data")).items() if k in shared}
+        tables = [{**common, **table} if (table := _given(t)) else t for t in given["dataset"]]
+        return {"data": {}, **given, "dataset": tables}
+
+    @property
+    def datasets(self) -> tuple[DatasetSettings, ...]:
+        """Every folder to learn from, whichever way the preset names them."""
+        return self.dataset or (self.data.as_dataset(),)
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.train.cache_latents and self.data.crop == "random":
+        if (self.data.images is None) != bool(self.dataset):
+            raise ConfigError(
+                "data.images and [[dataset]] tables both name folders to learn from: leave one of them out."
+                if self.dataset
+                else f"The setting data.images is missing. {FolderSettings.model_fields['images'].description}"
+            )
+        if self.train.cache_latents and any(d.crop == "random" for d in self.datasets):
             raise ConfigError(
                 'data.crop = "random" makes a new picture each time, which train.cache_latents = true cannot '
                 'keep. Set train.cache_latents = false, or data.crop = "center".'
@@ -435,3 +461,10 @@ class TrainConfig(Table):
                     f'save.spelling = "{spelling}" has no words for lora.{name} = {json.dumps(value)}. Set '
                     'save.spelling = "kohya".'
                 )
+
+
+def _given(table: Any) -> dict[str, Any]:
+    """The settings a table names, as text of a file or as a value; empty for what is no table."""
+    if isinstance(table, Table):
+        return {name: getattr(table, name) for name in table.model_fields_set}
+    return dict(table) if isinstance(table, dict) else {}

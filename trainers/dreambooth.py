@@ -154,13 +154,13 @@ def steps(bench: Bench, first: int, orders: Orders) -> None:
             bench.optimizer,
             optim.rate_factor(config.schedule, step - 1, steps=total, warmup=config.warmup_steps),
         )
-        batches = [
+        drawn = [
             bench.feeder.next(bench.generator, len(bench.schedule))
             for _ in range(config.gradient_accumulation)
         ]
-        found = gradients(bench, batches)
+        found = gradients(bench, drawn)
         norm = bench.accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-        bad = watch.keep(step, bench.optimizer.param_groups[0]["lr"], found, norm, batches)
+        bad = watch.keep(step, bench.optimizer.param_groups[0]["lr"], found, norm, drawn)
         if not scaled:  # a GradScaler sees to it itself
             optim.leave_out_if(bench.optimizer, bad)
         optimizer.step()
@@ -196,17 +196,20 @@ def steps(bench: Bench, first: int, orders: Orders) -> None:
     save_or_say(bench, step)
 
 
-def gradients(bench: Bench, batches: Sequence[Batch]) -> list[torch.Tensor]:
-    """Added up over the batches of a step -> each one's loss, on the device. What memory has no room for is done again
-    in smaller pieces: the step is the same."""
+def gradients(bench: Bench, drawn: Sequence[Sequence[Batch]]) -> list[torch.Tensor]:
+    """Added up over the batches of a step -> the loss of each drawing, on the device. What memory has no room for is
+    done again in smaller pieces: the step is the same."""
     while True:
         try:
-            return [backward(bench, batch, 1 / len(batches)) for batch in batches]
+            return [
+                torch.stack([backward(bench, batch, 1 / len(drawn)) for batch in batches]).sum()
+                for batches in drawn
+            ]
         except RuntimeError as problem:
             if not ran_out_of_memory(problem):
                 raise
             why = str(problem)  # the exception itself holds on to the memory
-        make_room(bench, max(map(len, batches)), why)
+        make_room(bench, max(len(batch) for batches in drawn for batch in batches), why)
 
 
 def backward(bench: Bench, batch: Batch, share: float) -> torch.Tensor:
@@ -234,7 +237,7 @@ def batch_loss(bench: Bench, batch: Batch) -> torch.Tensor:
             encoder_hidden_states=words.hidden,
             added_cond_kwargs=added_conditions(words, batch.time_ids),
         ).sample
-    return losses.dreambooth(prediction, target, weight)
+    return losses.dreambooth(prediction, target, weight, batch.mask)
 
 
 def report_or_say(bench: Bench, lora: Path, stop: StopRequest) -> None:

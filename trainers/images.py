@@ -37,6 +37,14 @@ class BadImage(FileRefused):
         self.path, self.reason = path, reason
 
 
+MASK_ENDINGS = (".mask", "-masklabel")  # of a name without its ending: ours, and OneTrainer's
+
+
+def is_mask(path: Path) -> bool:
+    """Whether the name says that this is another picture's mask, and so nothing to learn."""
+    return path.suffix.lower() in EXTENSIONS and path.stem.lower().endswith(MASK_ENDINGS)
+
+
 def open_image(path: Path | str) -> Image.Image:
     """-> RGB, upright as EXIF says, transparency on white, 16 bits as 8, the first frame. Raises BadImage."""
     path = Path(path)
@@ -60,12 +68,19 @@ def read_bytes(path: Path) -> bytes:
     return data
 
 
-def decode(data: bytes, path: Path) -> Image.Image:
+def decode(data: bytes, path: Path, background: str = "white") -> Image.Image:
     """A file's bytes -> the picture, as `open_image`; `path` is for the message."""
+    return decode_layers(data, path, background)[0]
+
+
+def decode_layers(
+    data: bytes, path: Path, background: str = "white"
+) -> tuple[Image.Image, Image.Image | None]:
+    """-> the picture on a background, and its opacity (mode L) if it has one."""
     try:
         with _opened(data, path) as image:
             image.load()
-            return _as_rgb(ImageOps.exif_transpose(image), path)
+            return _layers(ImageOps.exif_transpose(image), path, background)
     except BadImage:
         raise
     except (
@@ -94,20 +109,22 @@ def _opened(data: bytes, path: Path) -> Image.Image:
     return image
 
 
-def _as_rgb(image: Image.Image, path: Path) -> Image.Image:
+def _layers(image: Image.Image, path: Path, background: str) -> tuple[Image.Image, Image.Image | None]:
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips it to white
         image = _eight_bits(image, path)
     if image.mode == "F":
-        raise BadImage(path, "its pixels are floating-point numbers of unknown range; save it as PNG or JPEG")
+        finite = bool(np.isfinite(np.asarray(image)).all())
+        found = "floating-point numbers of unknown range" if finite else "NaN or infinite in places"
+        raise BadImage(path, f"its pixels are {found}; save it as PNG or JPEG")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
-        paper = Image.new("RGBA", rgba.size, "white")
+        paper = Image.new("RGBA", rgba.size, background)
         paper.alpha_composite(rgba)
-        return paper.convert("RGB")
+        return paper.convert("RGB"), rgba.getchannel("A")
     # A fresh picture: without the file's metadata, which nothing after this may take for the truth.
     rgb = image.convert("RGB")
     rgb.info = {}
-    return rgb
+    return rgb, None
 
 
 def _eight_bits(image: Image.Image, path: Path) -> Image.Image:

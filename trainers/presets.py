@@ -24,6 +24,7 @@ from pydantic import BaseModel
 
 from lora_core.errors import ConfigError, did_you_mean
 from trainers.config import TrainConfig
+from trainers.config_data import DatasetSettings
 from trainers.config_table import Table
 
 PRESETS = Path(__file__).resolve().parent.parent / "presets"
@@ -74,6 +75,13 @@ def dump(config: TrainConfig) -> str:
         if isinstance(value, BaseModel):
             lines = [f"{k} = {_toml(v)}" for k, v in value if v is not None]
             tables.append("\n".join([f"[{key}]", *lines]))
+        elif key == "dataset":
+            common = dict(
+                config.data
+            )  # what a folder has from there is left out, so that --set data.* still reaches it
+            for folder in value:
+                own = [(k, v) for k, v in folder if v is not None and (k not in common or common[k] != v)]
+                tables.append("\n".join(["[[dataset]]", *(f"{k} = {_toml(v)}" for k, v in own)]))
         else:
             top.append(f"{key} = {_toml(value)}")
     return "\n\n".join(["\n".join(top), *tables]) + "\n"
@@ -136,13 +144,14 @@ def _anchor_paths(table: Toml, folder: Path) -> None:
     base = table.get("base")
     if isinstance(base, str) and base.startswith(("./", "../")):
         table["base"] = str(folder / base)
-    models: dict[str, type[Table]] = {"": TrainConfig, **TrainConfig.tables()}
+    models: dict[str, type[Table]] = {"": TrainConfig, "dataset": DatasetSettings, **TrainConfig.tables()}
     for name, model in models.items():
-        part = table.get(name) if name else table
-        if isinstance(part, dict):
-            for key in model.path_fields() & part.keys():
-                if isinstance(part[key], str) and part[key]:  # anything else is for TrainConfig to refuse
-                    part[key] = str(folder / Path(part[key]).expanduser())
+        found = table.get(name) if name else table
+        for part in found if isinstance(found, list) else [found]:
+            if isinstance(part, dict):
+                for key in model.path_fields() & part.keys():
+                    if isinstance(part[key], str) and part[key]:  # anything else is for TrainConfig to refuse
+                        part[key] = str(folder / Path(part[key]).expanduser())
 
 
 def _merge(under: Toml, over: Mapping[str, Any]) -> Toml:
@@ -172,13 +181,22 @@ def _apply(table: Toml, override: str) -> None:
     *tables, last = path
     inner: Any = table
     for depth, part in enumerate(tables, 1):
-        inner = inner.setdefault(part, {})
+        inner = _numbered(inner, part, override) if isinstance(inner, list) else inner.setdefault(part, {})
+        if isinstance(inner, list) and depth < len(tables):
+            continue
         if not isinstance(inner, dict):
             raise ConfigError(f"{override}: {'.'.join(path[:depth])} is one value, with no settings inside.")
     if value:
         inner[last] = _value(value)
     else:
         inner.pop(last, None)
+
+
+def _numbered(tables: list[Any], part: str, override: str) -> Any:
+    """One of several [[tables]], counted from 0 as in dataset.0.repeats."""
+    if part.isdecimal() and int(part) < len(tables):
+        return tables[int(part)]
+    raise ConfigError(f"{override}: there is no {part} among {len(tables)} such tables, counted from 0.")
 
 
 def _value(text: str) -> Any:

@@ -19,10 +19,10 @@ from torch import Tensor
 from lora_core.generation import GenerationRequest
 from lora_core.pipeline import LivePipeline
 from lora_core.safe_files import write_atomic
-from trainers.captions import read_caption, sidecar
+from trainers.captions import own_caption
 from trainers.config import ReportSettings
 from trainers.control import StopRequest
-from trainers.dataset import picture_files
+from trainers.folders import picture_files
 from trainers.images import open_image
 from trainers.measures import distances, embed, named_background, nearest_colour
 
@@ -41,10 +41,7 @@ def judge_views(settings: ReportSettings) -> list[tuple[Path, str | None]]:
     """Held-out pictures with their captions."""
     if settings.judge is None:
         return []
-    return [
-        (p, read_caption(sidecar(p)).text if sidecar(p).exists() else None)
-        for p in picture_files(settings.judge)
-    ]
+    return [(p, own_caption(p).text) for p in picture_files(settings.judge)]
 
 
 def shots(settings: ReportSettings, views: Sequence[tuple[Path, str | None]]) -> list[Shot]:

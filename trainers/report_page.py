@@ -272,6 +272,7 @@ def without_folders(config: TrainConfig) -> TrainConfig:
     def cut(table: Any) -> Any:
         names = {k: Path(v.name) for k, v in table if isinstance(v, Path)}
         names |= {k: cut(v) for k, v in table if hasattr(v, "model_copy")}
+        names |= {k: tuple(map(cut, v)) for k, v in table if k == "dataset"}
         return table.model_copy(update=names)
 
     shorter: TrainConfig = cut(config)

@@ -21,8 +21,8 @@ class Kept:
 
     step: int
     rate: float
-    losses: Tensor  # (batches + 1,): of each batch, and the gradient's length
-    batches: Sequence[Batch]
+    losses: Tensor  # (drawings + 1,): of each drawing, and the gradient's length
+    drawn: Sequence[Sequence[Batch]]
 
 
 class Watch:
@@ -33,11 +33,16 @@ class Watch:
         self._kept: list[Kept] = []
 
     def keep(
-        self, step: int, rate: float, losses: Sequence[Tensor], norm: Tensor, batches: Sequence[Batch]
+        self,
+        step: int,
+        rate: float,
+        losses: Sequence[Tensor],
+        norm: Tensor,
+        drawn: Sequence[Sequence[Batch]],
     ) -> Tensor:
-        """-> whether the step must be left out: a bool on the device."""
+        """`drawn`: the batches of each loss -> whether the step must be left out: a bool on the device."""
         figures = torch.stack([*losses, norm])
-        self._kept.append(Kept(step, rate, figures, batches))
+        self._kept.append(Kept(step, rate, figures, drawn))
         return ~torch.isfinite(figures).all()
 
     @property
@@ -53,11 +58,12 @@ class Watch:
         kept, self._kept = self._kept, []
         found = torch.stack([k.losses for k in kept]).tolist() if kept else []
         for k, (*losses, norm) in zip(kept, found, strict=True):
-            for loss, batch in zip(losses, k.batches, strict=True):
+            for loss, batches in zip(losses, k.drawn, strict=True):
                 if not _finite(loss):
-                    raise not_finite(f"The loss at step {k.step} is {loss}", [batch])
+                    raise not_finite(f"The loss at step {k.step} is {loss}", batches)
             if not scaled and not _finite(norm):
-                raise not_finite(f"The gradient at step {k.step} has the length {norm}", k.batches)
+                every = [batch for batches in k.drawn for batch in batches]
+                raise not_finite(f"The gradient at step {k.step} has the length {norm}", every)
             yield k.step, sum(losses) / len(losses), k.rate
 
 

@@ -9,8 +9,8 @@
   // --- a picture to learn from -----------------------------------------------------------------------------------
   const createPicture = ({ name }) => make('div', { class: 'thumb' },
     make('img', { class: 'thumb-image', alt: name, loading: 'lazy' }),
-    make('label', {}, make('span', {}, `Caption of ${name}`), make('input', {
-      type: 'text', placeholder: 'empty: the prompt below',
+    make('label', {}, make('span', {}, `Caption of ${name}`), make('textarea', {
+      rows: 1, placeholder: 'empty: the prompt below; of several lines one is drawn each time',
       oninput: e => { mine(e.target); send('picture', `c${name}`, { name, caption: e.target.value }); },
     })),
     make('button', { class: 'cross', 'aria-label': `Take out ${name}`, title: `Take out ${name}`, onclick: () => send('picture', `x${name}`, { name, remove: true }) }));
@@ -18,7 +18,7 @@
     const source = `loom/thumb/${encodeURIComponent(name)}?v=${version}`;
     const image = e.querySelector('img');
     if (image.getAttribute('src') !== source) image.src = source;
-    const field = e.querySelector('input');
+    const field = e.querySelector('textarea');
     if (field !== document.activeElement) show(field, 'value', caption);
   };
 

@@ -47,6 +47,13 @@ def test_a_name_never_leaves_the_folder(draft: Draft, tmp_path: Path, name: str)
     assert [e.path for e in draft.entries()] == [draft.folder / "up.png"]
 
 
+def test_several_lines_of_a_caption_stay_lines(draft: Draft, tmp_path: Path) -> None:
+    draft.add([picture(tmp_path / "up", "a.png")])
+    draft.caption("a.png", "  one   line \n\n another ")
+    assert (draft.folder / "a.txt").read_text() == "one line\nanother\n"
+    assert [e.caption for e in draft.entries()] == ["one line\nanother"]
+
+
 def test_a_run_keeps_the_words_it_began_with(draft: Draft, tmp_path: Path) -> None:
     draft.add([picture(tmp_path / "up", "a.png")])
     draft.caption("a.png", "the first words")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from lora_core.errors import ConfigError, NotFinite
 from lora_core.safe_files import read_header, save_tensors
 from tests.small_models import small_pipeline
+from trainers.buckets import View
 from trainers.caches import (
     LatentCache,
     draw_latents,
     encoding,
-    load_posterior,
     posterior,
-    save_posterior,
-    vae_identity,
 )
 from trainers.config_data import DataSettings
-from trainers.dataset import Dataset, scan
+from trainers.dataset import Dataset, Example, layers, pixels, read
+from trainers.kept_tensors import KeptTensors, weights_identity
+from trainers.scan import scan
 
 
 def photos(folder: Path, count: int = 2) -> Path:
@@ -40,7 +42,24 @@ def dataset_of(folder: Path, **changes: Any) -> Dataset:
 
 
 def all_keys(cache: LatentCache, dataset: Dataset) -> list[str]:
-    return [cache.key(e, view) for e in dataset.examples for view in dataset.views(e)]
+    return [cache.key(e, view) for e in dataset.examples for view in e.views()]
+
+
+def everything(cache: LatentCache, dataset: Dataset) -> list[Any]:
+    return [cache.encoded(e, view) for e in dataset.examples for view in e.views()]
+
+
+def mean_std(cache: LatentCache, dataset: Dataset) -> tuple[Tensor, Tensor]:
+    found = everything(cache, dataset)
+    return torch.stack([e.mean for e in found]), torch.stack([e.std for e in found])
+
+
+def sampled(cache: LatentCache, dataset: Dataset, generator: torch.Generator | None = None) -> Tensor:
+    return draw_latents(cache.vae, *mean_std(cache, dataset), generator)
+
+
+def picture(example: Example, view: View) -> Tensor:
+    return pixels(layers(example, read(example))[0], view)
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
@@ -53,13 +72,14 @@ def test_cached_equals_uncached(tmp_path: Path, family: str) -> None:
     report = from_disk.fill(dataset)
     assert (report.found, report.built, report.rebuilt, report.unsaved) == (4, 0, [], {})
     for example in dataset.examples:
-        for view in dataset.views(example):
+        for view in example.views():
             with torch.no_grad():
-                found = vae.encode(dataset.pixels(example, view)[None]).latent_dist
+                found = vae.encode(picture(example, view)[None]).latent_dist
             for cache in (built, from_disk):
-                mean, std = cache.mean_std([cache.key(example, view)])
-                assert torch.equal(mean, found.mean)
-                assert torch.equal(std, found.std)
+                kept = cache.encoded(example, view)
+                assert torch.equal(kept.mean[None], found.mean)
+                assert torch.equal(kept.std[None], found.std)
+                assert kept.mask is None
     assert len(set(all_keys(built, dataset))) == 4
 
 
@@ -69,15 +89,15 @@ def test_a_sample_is_that_of_diffusers(tmp_path: Path) -> None:
     dataset = dataset_of(photos(tmp_path / "photos"))
     cache = LatentCache(tmp_path / "cache", vae)
     cache.fill(dataset)
-    z = cache.sample(all_keys(cache, dataset), torch.Generator().manual_seed(4))
-    images = torch.stack([dataset.pixels(e, dataset.views(e)[0]) for e in dataset.examples])
+    z = sampled(cache, dataset, torch.Generator().manual_seed(4))
+    images = torch.stack([picture(e, e.views()[0]) for e in dataset.examples])
     with torch.no_grad():
         expected = vae.encode(images).latent_dist.sample(torch.Generator().manual_seed(4)) * 0.18215
         mean, std = posterior(vae, images)
         uncached = draw_latents(vae, mean, std, torch.Generator().manual_seed(4))
     torch.testing.assert_close(z, expected, rtol=1e-4, atol=1e-5)  # one picture at a time against a batch
     torch.testing.assert_close(uncached, expected, rtol=1e-6, atol=1e-7)
-    assert not torch.equal(z, cache.sample(all_keys(cache, dataset), torch.Generator().manual_seed(5)))
+    assert not torch.equal(z, sampled(cache, dataset, torch.Generator().manual_seed(5)))
 
 
 def test_another_picture_crop_or_vae_is_another_latent(tmp_path: Path) -> None:
@@ -109,7 +129,7 @@ def test_damaged_files_are_built_again_and_named(tmp_path: Path) -> None:
     dataset, vae = dataset_of(photos(tmp_path / "photos", 4)), small_pipeline("sd1").vae
     cache = LatentCache(tmp_path / "cache", vae)
     cache.fill(dataset)
-    whole = cache.mean_std(all_keys(cache, dataset))
+    whole = mean_std(cache, dataset)
     files = [tmp_path / "cache" / f"{key}.safetensors" for key in all_keys(cache, dataset)]
     data = bytearray(files[0].read_bytes())
     data[-5] ^= 4
@@ -119,9 +139,7 @@ def test_damaged_files_are_built_again_and_named(tmp_path: Path) -> None:
     again = LatentCache(tmp_path / "cache", vae)
     report = again.fill(dataset)
     assert (report.rebuilt, report.built, report.found) == (["0.png", "1.png", "2.png"], 3, 1)
-    assert all(
-        torch.equal(a, b) for a, b in zip(whole, again.mean_std(all_keys(again, dataset)), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(whole, mean_std(again, dataset), strict=True))
     assert LatentCache(tmp_path / "cache", vae).fill(dataset).found == 4
 
 
@@ -130,9 +148,10 @@ def test_every_one_of_1000_flipped_bits_is_found(tmp_path: Path) -> None:
     cache = LatentCache(tmp_path / "cache", vae)
     cache.fill(dataset)
     (key,) = all_keys(cache, dataset)
-    path = tmp_path / "cache" / f"{key}.safetensors"
+    files = KeptTensors(tmp_path / "cache")
+    path = files.path(key)
     data, rng = path.read_bytes(), random.Random(0)
-    assert load_posterior(path, key) is not None
+    assert files.load(key) is not None
     header = 8 + int.from_bytes(data[:8], "little")
     # every second one in the header, which is small and full of meaning
     bits = [rng.randrange(8 * (header if i % 2 else len(data))) for i in range(1000)]
@@ -141,20 +160,21 @@ def test_every_one_of_1000_flipped_bits_is_found(tmp_path: Path) -> None:
         hurt = bytearray(data)
         hurt[bit // 8] ^= 1 << bit % 8
         path.write_bytes(bytes(hurt))
-        if load_posterior(path, key) is not None:
+        if files.load(key) is not None:
             missed.append(bit)
     assert missed == []
 
 
 def test_the_same_bytes_in_another_shape_or_type_are_not_the_same(tmp_path: Path) -> None:
-    path, kept = tmp_path / "x.safetensors", (torch.randn(4, 8, 6), torch.rand(4, 8, 6))
-    save_posterior(path, "key", kept)
-    assert load_posterior(path, "key") is not None
-    assert load_posterior(path, "another key") is None
-    sums = read_header(path).metadata
-    for changed in (kept[0].reshape(4, 6, 8), kept[0].view(torch.int32)):
-        save_tensors(path, {"mean": changed, "std": kept[1]}, sums)
-        assert load_posterior(path, "key") is None
+    files, kept = KeptTensors(tmp_path), {"mean": torch.randn(4, 8, 6), "std": torch.rand(4, 8, 6)}
+    files.save("key", kept)
+    assert files.load("key") is not None
+    shutil.copyfile(files.path("key"), files.path("other"))
+    assert files.load("other") is None
+    sums = read_header(files.path("key")).metadata
+    for changed in (kept["mean"].reshape(4, 6, 8), kept["mean"].view(torch.int32)):
+        save_tensors(files.path("key"), {**kept, "mean": changed}, sums)
+        assert files.load("key") is None
 
 
 def test_sdxl_in_half_precision_encodes_in_fp32_and_is_half_again(tmp_path: Path) -> None:
@@ -170,8 +190,8 @@ def test_sdxl_in_half_precision_encodes_in_fp32_and_is_half_again(tmp_path: Path
     wide = small_pipeline("sdxl").vae.to(torch.float16).to(torch.float32)
     (example,) = dataset.examples
     with torch.no_grad():
-        expected = wide.encode(dataset.pixels(example, dataset.views(example)[0])[None]).latent_dist
-    mean, std = cache.mean_std(all_keys(cache, dataset))
+        expected = wide.encode(picture(example, example.views()[0])[None]).latent_dist
+    mean, std = mean_std(cache, dataset)
     assert torch.equal(mean, expected.mean)
     assert torch.equal(std, expected.std)
 
@@ -194,9 +214,9 @@ def test_the_dtype_comes_back_after_an_error() -> None:
 
 def test_identity_tells_precisions_and_weights_apart() -> None:
     vae = small_pipeline("sd1").vae
-    assert vae_identity(vae) == vae_identity(small_pipeline("sd1").vae)
-    assert vae_identity(vae) != vae_identity(small_pipeline("sd1", seed=1).vae)
-    assert vae_identity(vae) != vae_identity(small_pipeline("sd1", dtype=torch.bfloat16).vae)
+    assert weights_identity(vae) == weights_identity(small_pipeline("sd1").vae)
+    assert weights_identity(vae) != weights_identity(small_pipeline("sd1", seed=1).vae)
+    assert weights_identity(vae) != weights_identity(small_pipeline("sd1", dtype=torch.bfloat16).vae)
 
 
 def test_a_folder_that_cannot_be_written_costs_only_the_next_run(tmp_path: Path) -> None:
@@ -206,7 +226,7 @@ def test_a_folder_that_cannot_be_written_costs_only_the_next_run(tmp_path: Path)
     report = cache.fill(dataset)
     assert list(report.unsaved) == ["0.png", "1.png"]
     assert "could not be saved" in report.unsaved["0.png"]
-    assert cache.sample(all_keys(cache, dataset)).shape == (2, 4, 8, 8)
+    assert sampled(cache, dataset).shape == (2, 4, 7, 9)  # 72 x 56: the bucket of 96 x 72
 
 
 def test_an_overflowing_vae_is_named_with_the_remedy(tmp_path: Path) -> None:
@@ -227,7 +247,7 @@ def test_refusals(tmp_path: Path) -> None:
         cache.fill(dataset_of(folder, crop="random"))
     dataset = dataset_of(folder)
     with pytest.raises(ValueError, match="was not cached"):
-        cache.key(dataset.examples[0], dataset.views(dataset.examples[0])[0])
+        cache.key(dataset.examples[0], dataset.examples[0].views()[0])
     Image.new("RGB", (80, 64)).save(folder / "0.png")
     with pytest.raises(ConfigError, match=r"0.png is another picture"):
         cache.fill(dataset)

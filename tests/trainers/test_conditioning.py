@@ -108,7 +108,7 @@ def test_added_conditions_are_the_pipelines() -> None:
     with torch.no_grad():
         conditioning = encode(pipe.components, tokenize(pipe, PROMPTS[:2]).ids)
     sizes = [(160, 96), (1023, 511)]
-    views = [View(plan_crop(size, 64)) for size in sizes]
+    views = [View(plan_crop(size, (64, 64))) for size in sizes]
     time_ids = torch.tensor([v.time_ids(s) for v, s in zip(views, sizes, strict=True)]).float()
     added = added_conditions(conditioning, time_ids)
     assert added is not None

@@ -12,7 +12,7 @@ from lora_core.config import BIASES, INITS, KINDS, VARIANTS
 from lora_core.errors import ConfigError
 from lora_core.targets import find_targets
 from tests.small_models import small_pipeline
-from trainers.config import DataSettings, LoraSettings, TrainConfig, TrainSettings
+from trainers.config import LoraSettings, TrainConfig, TrainSettings
 from trainers.diffusion import WEIGHTINGS
 
 
@@ -131,7 +131,7 @@ def test_every_mistake_of_a_table_is_named_at_once() -> None:
 
 def test_missing_settings_are_named_with_their_meaning() -> None:
     with pytest.raises(ConfigError, match=r"data.images is missing. Folder with the pictures to learn."):
-        DataSettings(prompt="x")  # type: ignore[call-arg]
+        TrainConfig(name="x", data={"prompt": "x"})  # type: ignore[arg-type]
 
 
 def test_every_setting_has_a_description() -> None:
@@ -150,7 +150,7 @@ def test_choices_are_those_the_code_knows() -> None:
 
 def test_path_fields_are_all_found() -> None:
     found = {name: model.path_fields() for name, model in TrainConfig.tables().items() if model.path_fields()}
-    assert found == {"lora": {"start_from"}, "data": {"images", "class_images"}, "report": {"judge"}}
+    assert found == {"lora": {"start_from"}, "data": {"images", "class_images", "masks"}, "report": {"judge"}}
     assert TrainConfig.path_fields() == {"output"}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -14,8 +13,11 @@ from PIL import Image
 
 from lora_core.errors import ConfigError
 from trainers.config_data import DataSettings
-from trainers.dataset import Sampler, picture_files, pixels, scan
+from trainers.dataset import layers, pixels, read
+from trainers.folders import picture_files
 from trainers.images import open_image
+from trainers.sampler import Sampler
+from trainers.scan import scan
 from trainers.scan_report import ScanReport
 
 PHOTOS = Path(__file__).resolve().parents[3] / "shared" / "data" / "dreambooth"  # google/dreambooth
@@ -60,9 +62,9 @@ def test_real_photographs_with_captions_class_pictures_and_a_broken_one(tmp_path
     assert "damaged" in heard[0].bad["broken.jpg"]
     for example in dataset.examples:
         assert example.original_size == open_image(example.path).size
-        (view,) = dataset.views(example)
-        tensor = dataset.pixels(example, view)
-        assert tensor.shape == (3, 256, 256)
+        (view,) = example.views()
+        tensor = pixels(layers(example, read(example))[0], view)
+        assert tensor.shape == (3, 256, 256)  # the photographs are square
         assert -1 <= tensor.min() < -0.5 < 0.5 < tensor.max() <= 1
         assert tensor.std() > 0.1
     said, _ = refusal(settings(folder, bad_images="refuse"), 256)
@@ -184,17 +186,18 @@ def test_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
 
 def test_flips_and_random_crops_follow_the_draw(tmp_path: Path) -> None:
     picture(tmp_path / "a.png", (96, 64))
-    dataset = scan(settings(tmp_path, crop="random", flip=True), 64)
+    dataset = scan(settings(tmp_path, crop="random", flip=True, buckets=False), 64)
     (example,) = dataset.examples
     draws = Sampler(1, seed=3).take(300)
-    views = [dataset.view(example, draw.rng()) for draw in draws]
-    assert views == [dataset.view(example, draw.rng()) for draw in draws]
+    views = [example.view(draw) for draw in draws]
+    assert views == [example.view(draw) for draw in draws]
     assert {view.plan.box[0] for view in views} == set(range(33))
     assert 100 < sum(view.flip for view in views) < 200
     with pytest.raises(ConfigError, match=r"train\.cache_latents = false"):
-        dataset.views(example)
+        example.views()
     still = scan(settings(tmp_path), 64)
-    assert {still.view(example, random.Random(i)) for i in range(9)} == set(still.views(example))
+    (example,) = still.examples
+    assert {example.view(draw) for draw in Sampler(1, seed=0).take(9)} == set(example.views())
 
 
 def test_pixels_of_a_flip_are_mirrored(tmp_path: Path) -> None:
@@ -203,8 +206,8 @@ def test_pixels_of_a_flip_are_mirrored(tmp_path: Path) -> None:
     image.save(tmp_path / "a.png")
     dataset = scan(settings(tmp_path, flip=True), 64)
     (example,) = dataset.examples
-    plain, flipped = (dataset.pixels(example, view) for view in dataset.views(example))
-    assert torch.equal(plain, pixels(image, dataset.views(example)[0]))
+    plain, flipped = (pixels(layers(example, read(example))[0], view) for view in example.views())
+    assert torch.equal(plain, pixels(image, example.views()[0]))
     assert torch.equal(flipped, plain.flip(2))
     assert (plain[0, 0, 0], plain[0, 0, 1], flipped[0, 0, 63]) == (1, -1, 1)
 

@@ -18,9 +18,9 @@ from lora_core.errors import Stopped
 from lora_core.safe_files import read_tensors
 from tests.trainers.runs import Recorder, base_folder, config, demo_folder, losses_of, pictures
 from trainers.config import TrainConfig
-from trainers.dataset import Sampler
 from trainers.dreambooth import train
 from trainers.events import Finished, Started
+from trainers.sampler import Sampler
 
 
 def starting_lora(base: Path, path: Path, variant: str) -> Path:
@@ -69,7 +69,7 @@ def reference_losses(settings: TrainConfig, class_folder: Path) -> list[float]:
     def load(path: Path) -> torch.Tensor:
         return torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1).float() / 127.5 - 1
 
-    instances, classes = sorted(settings.data.images.glob("*.png")), sorted(class_folder.glob("*.png"))
+    instances, classes = sorted(settings.datasets[0].images.glob("*.png")), sorted(class_folder.glob("*.png"))
     orders = Sampler(len(instances), seed=settings.seed), Sampler(len(classes), seed=settings.seed + 1)
     g, found = torch.Generator().manual_seed(settings.seed), []
     abar = pipe.scheduler.alphas_cumprod

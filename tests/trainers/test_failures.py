@@ -31,9 +31,9 @@ def spoil_batch(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """The latents of that batch are NaN."""
     plain, seen = Feeder.next, iter(range(1, 1000))
 
-    def spoilt(self: Feeder, *given: Any) -> Batch:
-        batch = plain(self, *given)
-        return dataclasses.replace(batch, z=batch.z * float("nan")) if next(seen) == number else batch
+    def spoilt(self: Feeder, *given: Any) -> list[Batch]:
+        (batch,) = plain(self, *given)
+        return [dataclasses.replace(batch, z=batch.z * float("nan")) if next(seen) == number else batch]
 
     monkeypatch.setattr(Feeder, "next", spoilt)
 
@@ -224,12 +224,12 @@ def test_a_step_waits_for_nothing_but_the_look_at_the_loss(
     pictures(tmp_path / "images", 2)
     plain, looks, by_step = Feeder.next, Looks(), []
 
-    def counted(self: Feeder, *given: Any) -> Batch:
+    def counted(self: Feeder, *given: Any) -> list[Batch]:
         by_step.append(looks.seen)
         looks.watching, looks.seen = False, 0
-        batch = plain(self, *given)
+        batches = plain(self, *given)
         looks.watching = True
-        return batch
+        return batches
 
     monkeypatch.setattr(Feeder, "next", counted)
     settings = config(

@@ -223,20 +223,20 @@ def test_damage_anywhere_never_leaks_another_exception(tmp_path: Path) -> None:
     ],
 )
 def test_centre_crop(original: tuple[int, int], resolution: int, expected: CropPlan) -> None:
-    assert plan_crop(original, resolution) == expected
+    assert plan_crop(original, (resolution, resolution)) == expected
 
 
 def test_random_crops_stay_inside_reach_both_ends_and_repeat() -> None:
-    plans = [plan_crop((70, 64), 64, random.Random(seed)) for seed in range(200)]
+    plans = [plan_crop((70, 64), (64, 64), random.Random(seed)) for seed in range(200)]
     assert {plan.box[0] for plan in plans} == set(range(7))
     assert all(plan.box[2] - plan.box[0] == plan.box[3] - plan.box[1] == 64 for plan in plans)
-    assert plans == [plan_crop((70, 64), 64, random.Random(seed)) for seed in range(200)]
+    assert plans == [plan_crop((70, 64), (64, 64), random.Random(seed)) for seed in range(200)]
 
 
 def test_one_step_equals_scaling_then_cutting() -> None:
     noise = np.random.default_rng(0).integers(0, 255, (90, 160, 3), np.uint8)
     image = Image.fromarray(noise)
-    plan = plan_crop(image.size, 48)
+    plan = plan_crop(image.size, (48, 48))
     slow = np.asarray(image.resize(plan.resized, Image.Resampling.LANCZOS).crop(plan.box)).astype(int)
     fast = np.asarray(apply(image, View(plan))).astype(int)
     assert np.abs(slow - fast)[:, 4:-4].max() <= 3  # at the cut the filter sees no further than the box
@@ -246,7 +246,7 @@ def test_one_step_equals_scaling_then_cutting() -> None:
 
 def test_a_ribbon_needs_no_gigabytes() -> None:
     ribbon = Image.new("RGB", (40_000, 4))  # scaled whole to 1024 high it would be 10 million pixels wide
-    assert apply(ribbon, View(plan_crop(ribbon.size, 1024))).size == (1024, 1024)
+    assert apply(ribbon, View(plan_crop(ribbon.size, (1024, 1024)))).size == (1024, 1024)
 
 
 def test_time_ids_are_height_first_and_follow_the_mirror() -> None:
@@ -261,13 +261,13 @@ def test_time_ids_are_height_first_and_follow_the_mirror() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "text", "note"),
+    ("data", "lines", "note"),
     [
         (b"a red dog\n", "a red dog", ""),
         (b"\xef\xbb\xbf  a red dog \r\n", "a red dog", ""),
         ("ein süßer Hund 🐶".encode(), "ein süßer Hund 🐶", ""),
         (b"\n\n a dog \n\n", "a dog", ""),
-        (b"a dog\na second line\n", "a dog", "2 lines; the first is the caption"),
+        (b"a dog\n\n a second line\n", "a dog\na second line", ""),
         (b"", None, "photo.txt is empty"),
         (b" \n\t\n", None, "photo.txt is empty"),
         ("süß".encode("latin-1"), None, "not UTF-8 text (byte 1)"),
@@ -275,11 +275,13 @@ def test_time_ids_are_height_first_and_follow_the_mirror() -> None:
         (b"x" * 70_000, None, "larger than 64 kB"),
     ],
 )
-def test_captions(tmp_path: Path, data: bytes, text: str | None, note: str) -> None:
+def test_captions(tmp_path: Path, data: bytes, lines: str | None, note: str) -> None:
     path = sidecar(tmp_path / "photo.jpg")
     assert path.name == "photo.txt"
     path.write_bytes(data)
     caption = read_caption(path)
-    assert caption.text == text
+    assert caption.lines == tuple((lines or "").splitlines())
+    assert caption.text == (caption.lines[0] if lines else None)
+    assert caption.unreadable == (lines is None and "empty" not in note)
     assert note in caption.note
     assert bool(note) == bool(caption.note)
