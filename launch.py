@@ -20,6 +20,7 @@ examples:
   python launch.py --train --resume runs/fox
   python launch.py --tell runs/fox pause
   python launch.py --tell runs/fox steps=1200 sample="a fox on the moon@0.8"
+  python launch.py --look presets/sd15_subject.toml --set data.images=photos       what it would learn from, as a page
   python launch.py --generate --prompt "a zxq animal on a blue background" --lora runs/demo/demo.safetensors:0.8
   python launch.py --generate --prompt "..." --lora cat.safetensors --weights 0 0.5 1      one picture per weight
   python launch.py --generate --prompt "..." --lora cat.safetensors --lora ink.safetensors --sheet loras
@@ -39,6 +40,11 @@ def parser() -> argparse.ArgumentParser:
     what = p.add_argument_group("what to do (nothing: the app)")
     what.add_argument(
         "--train", nargs="?", const="", metavar="PRESET", help="train the LoRA a preset describes"
+    )
+    what.add_argument(
+        "--look",
+        metavar="PRESET",
+        help="show what a preset's training would be fed, and what is odd about it",
     )
     what.add_argument(
         "--generate",
@@ -68,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--json",
         action="store_true",
-        help="progress as one JSON event per line on stdout, as in events.jsonl",
+        help="progress as one JSON event per line on stdout, as in events.jsonl; with --look: all of it, as one object",
     )
     what.add_argument(
         "--tell",
@@ -136,9 +142,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    chosen = [args.train is not None, args.generate is not None, args.list_presets, bool(args.tell)]
+    chosen = [
+        args.train is not None,
+        args.generate is not None,
+        args.list_presets,
+        bool(args.tell),
+        bool(args.look),
+    ]
     if sum(chosen) > 1:
-        return _say("Choose one of --train, --tell, --generate and --list-presets.", USAGE)
+        return _say("Choose one of --train, --look, --tell, --generate and --list-presets.", USAGE)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault(
         "TRANSFORMERS_VERBOSITY", "error"
@@ -149,6 +161,8 @@ def main(argv: list[str] | None = None) -> int:
         return tell(args)
     if args.train is not None:
         return train(args)
+    if args.look:
+        return look(args)
     if args.generate is not None:
         return generate(args)
     return app(args)
@@ -216,6 +230,22 @@ def tell(args: argparse.Namespace) -> int:
     run, *words = args.tell
     try:
         print("\n".join(pass_on(Path(run), words)))
+    except ConfigError as problem:
+        return _say(str(problem), USAGE)
+    except LoraError as problem:
+        return _say(str(problem), FAILED)
+    return DONE
+
+
+def look(args: argparse.Namespace) -> int:
+    from lora_core.errors import ConfigError, LoraError
+    from trainers import presets
+    from trainers.look import look, told
+
+    try:
+        config = presets.load(args.look, args.set)
+        for line in told(look(config, config.output / "look"), as_json=args.json):
+            print(line)
     except ConfigError as problem:
         return _say(str(problem), USAGE)
     except LoraError as problem:
