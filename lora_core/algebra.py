@@ -256,12 +256,13 @@ def magnitude_axis(magnitude: Tensor, weight_shape: torch.Size) -> int:
     """0: one magnitude per output row (the paper, PEFT); 1: per input column (older LyCORIS, OneTrainer).
 
     Told from the shape: (out,), (out, 1[, 1, 1]) or PEFT's (1, out, 1, 1) against (1, in[, 1, 1]).
-    On a square layer a leading 1 decides for the input axis, as its writers mean it.
+    On a square layer a leading 1 decides for the input axis, as its writers mean it. The weight's own dimensions do not
+    count: a 1x1 convolution of one model is a linear layer of another, and its factors may be stored as either's.
     """
-    shape, (out, inn) = tuple(magnitude.shape), tuple(weight_shape[:2])
-    if shape in ((out,), (out, *[1] * (len(weight_shape) - 1))):
+    shape, (out, inn), n = tuple(magnitude.shape), tuple(weight_shape[:2]), magnitude.numel()
+    if shape[:1] == (out,) and n == out:
         return 0
-    if shape == (1, inn, *[1] * (len(weight_shape) - 2)):
+    if shape[:2] == (1, inn) and n == inn:
         return 1
     if shape == (1, out, 1, 1):
         return 0

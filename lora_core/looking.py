@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_core.adapter import is_finite
+from lora_core.base_files import weight_files
 from lora_core.errors import FileRefused, LoraError
 from lora_core.facts import Facts, counted
 from lora_core.families import FAMILIES, Told, family_of_layers
@@ -130,7 +131,7 @@ def look(path: Path | str, *, hashes: bool = False) -> Look:
     try:
         headers = headers_of(path)
     except FileRefused as problem:
-        return Look(path, _size([path]), str(problem))
+        return Look(path, _size([path]), str(problem), base=_family_of_base(_unet_in(path)))
     metadata = {key: text for header in headers for key, text in header.metadata.items()}
     found = Look(path, _size(h.path for h in headers), metadata=metadata, headers=tuple(headers))
     try:
@@ -246,6 +247,14 @@ def _family_of_base(headers: Sequence[Header]) -> Told:
             if path is not None and key.endswith(".weight"):
                 shapes[path] = info.shape
     return family_of_layers(shapes)
+
+
+def _unet_in(folder: Path) -> Sequence[Header]:
+    """The headers of the UNet of a base model in diffusers' layout; none elsewhere."""
+    try:
+        return weight_files(folder / "unet") if folder.is_dir() else ()
+    except FileRefused:
+        return ()
 
 
 def _dtypes(headers: Sequence[Header]) -> dict[str, int]:

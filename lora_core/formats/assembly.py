@@ -177,24 +177,15 @@ def _with_magnitude(inner: Delta, layer: Layer) -> WithMagnitude:
     magnitude, shape = layer.factor("magnitude"), inner.shape()
     if says_outputs(layer.keys["magnitude"]) and magnitude.numel() == shape[0]:
         magnitude = output_column(magnitude, shape)
-    if not _fits(magnitude, shape):
+    try:
+        algebra.magnitude_axis(magnitude, torch.Size(shape))
+    except ValueError as problem:
         raise FileRefused(
             f"{layer.file}, {layer.keys['magnitude']}: a magnitude of shape {tuple(magnitude.shape)} fits "
             f"neither the {shape[0]} outputs nor the {shape[1]} inputs of its layer. Download or copy the "
             "file again."
-        )
+        ) from problem
     return WithMagnitude(inner, magnitude)
-
-
-def _fits(magnitude: Tensor, shape: tuple[int, ...]) -> bool:
-    """A 1x1 convolution's factors may be stored as matrices, its magnitude with four dimensions."""
-    for dims in (2, 4):
-        try:
-            algebra.magnitude_axis(magnitude, torch.Size((*shape[:2], *[1] * (dims - 2))))
-        except ValueError:
-            continue
-        return True
-    return False
 
 
 # ---------------------------------------------------------------- writing
@@ -219,7 +210,7 @@ def unwrapped(delta: Delta) -> Unwrapped:
     if not isinstance(change, WithMagnitude):
         return Unwrapped(change, None, bias)
     magnitude, shape = change.magnitude, change.shape()
-    axis = algebra.magnitude_axis(magnitude, torch.Size(_as_magnitude_has_it(shape, magnitude)))
+    axis = algebra.magnitude_axis(magnitude, torch.Size(shape))
     return Unwrapped(change.inner, output_column(magnitude, shape) if axis == 0 else magnitude, bias)
 
 
@@ -282,14 +273,6 @@ def alpha_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
     """0-d, in the factors' dtype as kohya has it, unless that would round it."""
     short = torch.tensor(alpha, dtype=torch.float64).to(dtype)
     return short if float(short) == alpha else torch.tensor(alpha, dtype=torch.float64).to(torch.float32)
-
-
-def _as_magnitude_has_it(shape: tuple[int, ...], magnitude: Tensor) -> tuple[int, ...]:
-    if magnitude.dim() == 4 and len(shape) == 2:
-        return (*shape, 1, 1)
-    if magnitude.dim() == 2 and shape[2:] == (1, 1):
-        return shape[:2]
-    return shape
 
 
 def ranks_and_alphas(deltas: Mapping[str, Delta]) -> tuple[dict[str, int], dict[str, float]]:

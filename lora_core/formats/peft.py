@@ -110,6 +110,11 @@ def weight_files(folder: Path) -> list[Path]:
     for files in candidates:
         if found := [file for file in files if file.is_file()]:
             return found
+    if (folder / "model_index.json").is_file():
+        raise FileRefused(
+            f"{folder.name} is a base model in diffusers' layout, not a LoRA. Choose a LoRA's folder or its "
+            ".safetensors file."
+        )
     raise FileRefused(
         f"{folder.name} is a folder without {WEIGHTS}, in itself or in folders named "
         f"{', '.join(COMPONENTS)}. Choose a LoRA's folder or its .safetensors file."

@@ -67,16 +67,26 @@ def test_row_norms_where_the_terms_cancel(on_gpu: bool, monkeypatch: pytest.Monk
     torch.testing.assert_close(got.double(), dense, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("shape", [(8,), (8, 1), (1, 6)])
-def test_dora_magnitude_of_the_weight_itself_changes_nothing(shape: tuple[int, ...]) -> None:
-    weight = torch.randn(8, 6)
-    magnitude = weight.norm(dim=0 if shape == (1, 6) else 1).reshape(shape)
+@pytest.mark.parametrize("shape", [(8,), (8, 1), (8, 1, 1, 1), (1, 8, 1, 1), (1, 6), (1, 6, 1, 1)])
+@pytest.mark.parametrize("kernel", [(), (1, 1), (3, 3)])
+def test_dora_magnitude_of_the_weight_itself_changes_nothing(
+    shape: tuple[int, ...], kernel: tuple[int, ...]
+) -> None:
+    """Whether a magnitude was written beside a matrix or a convolution."""
+    weight = torch.randn(8, 6, *kernel)
+    along = 1 if shape[:2] == (1, 6) else 0
+    over = [d for d in range(weight.dim()) if d != along]
+    magnitude = torch.linalg.vector_norm(weight, dim=over).reshape(shape)
     assert algebra.dora_delta(weight, torch.zeros_like(weight), magnitude).abs().max() < 1e-6
 
 
 def test_magnitude_that_fits_no_axis_is_an_error() -> None:
-    with pytest.raises(ValueError, match="fits neither"):
-        algebra.magnitude_axis(torch.ones(5), torch.Size((8, 6)))
+    for shape in ((5,), (), (6,), (2, 4), (4, 2), (1, 1, 8), (6, 1)):
+        with pytest.raises(ValueError, match="fits neither"):
+            algebra.magnitude_axis(torch.ones(shape), torch.Size((8, 6)))
+    # on a square layer what stands first decides
+    assert algebra.magnitude_axis(torch.ones(8, 1, 1, 1), torch.Size((8, 8))) == 0
+    assert algebra.magnitude_axis(torch.ones(1, 8, 1, 1), torch.Size((8, 8))) == 1
 
 
 @pytest.mark.parametrize("kernel", [0, 3])

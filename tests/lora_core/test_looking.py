@@ -19,6 +19,7 @@ from lora_core.facts import Facts
 from lora_core.formats import read_adapter, write_adapter
 from lora_core.formats.said import commonest_tags, facts_said, trigger_words
 from lora_core.looking import duplicates, look
+from lora_core.models import DEMO
 from lora_core.safe_files import save_tensors
 from tests.lora_core.adapters_on_disk import PAIR, Q, adapter, saved
 
@@ -134,6 +135,13 @@ def test_what_is_no_lora_is_named_and_a_base_with_its_family(
     assert found.family.key == family
     assert found.problem in str(found)
     assert found.as_json()["problem"] == found.problem
+
+
+def test_a_base_model_in_diffusers_layout_is_named_with_its_family() -> None:
+    found = look(DEMO)
+    assert "base model in diffusers' layout, not a LoRA" in found.problem
+    assert found.family.key == "sd1"
+    assert found.facts is None
 
 
 def test_hashes_are_of_the_bytes_and_non_finite_tensors_are_named(tmp_path: Path) -> None:
