@@ -225,11 +225,21 @@ def warnings(facts: dict[str, Any]) -> list[str]:
     said += [f"{p['file']} is {' and '.join(p['odd'])}." for p in pictures if p["odd"]]
     alone = [b for b in facts["buckets"] if b["turns"] == 1 and len(facts["buckets"]) > 1]
     if facts["batch_size"] > 1:
-        said += ["{} x {} has one picture: its batches are not full.".format(*b["bucket"]) for b in alone]
-    cut = {f["text"]: f["unread"] for p in pictures for f in p["prompts"] if f["unread"]}
-    said += [f"Longer than 77 tokens; not read: “{unread}” of “{text}”." for text, unread in cut.items()]
+        said += [
+            "{} x {} has one picture: its batches hold nothing else.".format(*b["bucket"]) for b in alone
+        ]
+    for p in pictures:
+        if cut := [f for f in p["prompts"] if f["unread"]]:
+            most = max(f["tokens"] for f in cut)
+            said.append(
+                f"{p['file']} has prompts of up to {most} tokens; not read is “{_short(cut[0]['unread'])}”."
+            )
     bad = [f"{f['folder']}/{name}: {why}" for f in facts["folders"] for name, why in f["unused"].items()]
     return said + [f"Not used: {line}." for line in bad]
+
+
+def _short(text: str, most: int = 80) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _write(path: Path, text: str) -> None:

@@ -115,7 +115,7 @@ def test_what_is_odd_is_said(tmp_path: Path) -> None:
         (64, 64): (8, 8),
         (80, 48): (1, 1),
     }
-    assert "80 x 48 has one picture: its batches are not full." in facts["warnings"]
+    assert "80 x 48 has one picture: its batches hold nothing else." in facts["warnings"]
 
 
 def test_what_is_not_read_of_a_prompt_is_marked(tmp_path: Path) -> None:
@@ -126,6 +126,10 @@ def test_what_is_not_read_of_a_prompt_is_marked(tmp_path: Path) -> None:
     assert LONG.endswith(prompt["unread"])
     page = (tmp_path / "out" / "small.html").read_text(encoding="utf-8")
     assert f'{LONG.removesuffix(prompt["unread"])}<span class="unread">{prompt["unread"]}</span>' in page
+    (said,) = [line for line in facts["warnings"] if "tokens" in line]
+    assert said.startswith(
+        f"1.png has prompts of up to {prompt['tokens']} tokens; not read is “{prompt['unread'][:40]}"
+    )
     (short,) = by_name(facts)["2.png"]["prompts"]
     assert (short["text"], short["unread"]) == ("a zxq cat", "")
 
