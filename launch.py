@@ -17,6 +17,7 @@ examples:
   python launch.py                                        the app, in the browser
   python launch.py --train presets/demo.toml
   python launch.py --train presets/sd15_subject.toml --set data.images=photos --set train.steps=1200
+  python launch.py --preflight presets/sdxl_subject.toml --set data.images=photos
   python launch.py --train --resume runs/fox
   python launch.py --tell runs/fox pause
   python launch.py --tell runs/fox steps=1200 sample="a fox on the moon@0.8"
@@ -75,6 +76,12 @@ def parser() -> argparse.ArgumentParser:
         "--json",
         action="store_true",
         help="progress as one JSON event per line on stdout, as in events.jsonl; with --look: all of it, as one object",
+    )
+    what.add_argument(
+        "--preflight",
+        metavar="PRESET",
+        help="what the training would need: memory, time and disk, from two steps of the largest batch; what speaks "
+        "against it; done before every training too",
     )
     what.add_argument(
         "--tell",
@@ -148,9 +155,12 @@ def main(argv: list[str] | None = None) -> int:
         args.list_presets,
         bool(args.tell),
         bool(args.look),
+        args.preflight is not None,
     ]
     if sum(chosen) > 1:
-        return _say("Choose one of --train, --look, --tell, --generate and --list-presets.", USAGE)
+        return _say(
+            "Choose one of --train, --preflight, --look, --tell, --generate and --list-presets.", USAGE
+        )
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault(
         "TRANSFORMERS_VERBOSITY", "error"
@@ -159,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
         return list_presets()
     if args.tell:
         return tell(args)
-    if args.train is not None:
+    if args.train is not None or args.preflight is not None:
         return train(args)
     if args.look:
         return look(args)
@@ -201,17 +211,22 @@ def train(args: argparse.Namespace) -> int:
     try:
         if args.resume:
             config = RunFolder.reopen(args.resume, args.set)[1]
-        elif args.train:
-            config = presets.load(args.train, args.set)
+        elif args.train or args.preflight:
+            config = presets.load(args.train or args.preflight, args.set)
         else:
             return _say("Name a preset, such as --train presets/demo.toml; --list-presets shows them.", USAGE)
     except LoraError as problem:
         return _say(str(problem), USAGE)
+    from trainers.dreambooth import rehearse
     from trainers.dreambooth import train as run
     from trainers.events import Console, json_lines
 
+    listeners = [json_lines if args.json else Console()]
     try:
-        run(config, resume=args.resume, listeners=[json_lines if args.json else Console()])
+        if args.preflight is not None:
+            rehearse(config, listeners=listeners)
+        else:
+            run(config, resume=args.resume, listeners=listeners, preflight=True)
     except Stopped:
         return INTERRUPTED  # the console has said where it was saved and how to go on
     except RunBusy as problem:

@@ -13,7 +13,7 @@ import torch
 from app.jobs import JobView
 from app.session import Session
 from app.training import TrainView
-from trainers.story import duration
+from trainers.events import duration
 
 TIGHT_DISK_BYTES = 5e9  # a full-size checkpoint or a night's training states fill that
 

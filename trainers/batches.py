@@ -3,6 +3,7 @@ order: the VAE's posterior, the noise, the timesteps; that of crops, flips and w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from trainers.caches import Encoded, LatentCache, draw_latents, encode_view, enc
 from trainers.dataset import Dataset, Example, read
 from trainers.diffusion import draw_noise
 from trainers.folders import Kind
-from trainers.sampler import BatchSampler
+from trainers.sampler import BatchSampler, Draw
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,19 @@ class Feeder:
         """What one step of the batch size sees: one batch, or two where the class has another size than the pictures
         to learn; the losses of the two add up to that of the one."""
         drawn = {kind: self.draw(kind) for kind in self._turns}
-        instances, classes = drawn["instance"], drawn.get("class", [])
+        return self._batches(drawn["instance"], drawn.get("class", []), generator, timesteps)
+
+    def largest(self, generator: torch.Generator, timesteps: int) -> list[Batch]:
+        """What the step with the most pixels sees; the feeder's position stays as it is."""
+        rows: dict[Kind, list[Row]] = {}
+        for kind, mine in self._turns.items():
+            example = max(mine, key=lambda e: math.prod(e.plan.bucket))
+            rows[kind] = [(example, View(example.plan), example.words(Draw(0, 0, 0)))] * self.batch_size
+        return self._batches(rows["instance"], rows.get("class", []), generator, timesteps)
+
+    def _batches(
+        self, instances: list[Row], classes: list[Row], generator: torch.Generator, timesteps: int
+    ) -> list[Batch]:
         if classes and classes[0][0].plan.bucket != instances[0][0].plan.bucket:
             return [
                 self._batch(instances, len(instances), generator, timesteps),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +66,15 @@ class Bench:
         return Ran(step, self.folder.began, MIXED[precision(self.config)])
 
 
-def prepare(config: TrainConfig, folder: RunFolder, stop: StopRequest, emit: events.Emit) -> Bench:
+def prepare(
+    config: TrainConfig,
+    folder: RunFolder,
+    stop: StopRequest,
+    emit: events.Emit,
+    *,
+    narrowed: Callable[[Dataset], Dataset] = lambda dataset: dataset,
+) -> Bench:
+    """`narrowed`: what of the pictures the bench is made ready for."""
     torch.manual_seed(config.seed)
     name = precision(config)
     accelerator = Accelerator(mixed_precision=MIXED[name])
@@ -81,7 +90,7 @@ def prepare(config: TrainConfig, folder: RunFolder, stop: StopRequest, emit: eve
     pipeline = opened.pipeline
     live = LivePipeline(pipeline, opened=opened)
     schedule = NoiseSchedule.from_scheduler(pipeline.scheduler).to(accelerator.device)
-    dataset = find_pictures(config, live, stop, emit)
+    dataset = narrowed(find_pictures(config, live, stop, emit))
     if config.train.channels_last:
         pipeline.unet.to(memory_format=torch.channels_last)
     check_words_are_used(config, dataset)

@@ -16,6 +16,7 @@ What it does, in this order, and what each thing costs:
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ from trainers.config import TrainConfig
 from trainers.control import Orders, StopRequest, listening, signals_ask
 from trainers.finish import write_report
 from trainers.obeying import obey
+from trainers.preflight import Narrowed, cached_later, dry_run, without_class
 from trainers.report_page import ReportPage
 from trainers.room import make_room, out_of_memory
 from trainers.run_folder import RunFolder
@@ -52,6 +54,7 @@ def train(
     resume: Path | None = None,
     stop: StopRequest | None = None,
     listeners: Sequence[events.Emit] = (),
+    preflight: bool = False,
 ) -> Path:
     """-> the finished LoRA file. Raises Stopped when asked to stop (saved), LoraError when something is wrong."""
     if config.report.tensorboard:
@@ -66,7 +69,7 @@ def train(
         try:
             log(events.TakenUp(pid=os.getpid(), versions=versions()))
             with signals_ask(stop), listening(folder.control, stop) as orders:
-                return run(config, folder, orders, log, resuming=resume is not None)
+                return run(config, folder, orders, log, resuming=resume is not None, preflight=preflight)
         except Stopped:
             raise
         except LoraError as problem:
@@ -80,10 +83,47 @@ def train(
             log.close()
 
 
-def run(config: TrainConfig, folder: RunFolder, orders: Orders, emit: events.Emit, *, resuming: bool) -> Path:
+def rehearse(
+    config: TrainConfig, *, stop: StopRequest | None = None, listeners: Sequence[events.Emit] = ()
+) -> events.Preflight:
+    """Preflight alone: nothing is trained, and no picture made. Raises like `train`."""
+
+    def emit(event: events.TrainEvent) -> None:
+        for listener in listeners:
+            listener(event)
+
+    narrowed = Narrowed(any(folder.has_class for folder in config.datasets))
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            place = RunFolder(Path(folder), config.name)
+            bench = prepare(without_class(config), place, stop or StopRequest(), emit, narrowed=narrowed)
+            bench.config = config
+            try:
+                assert narrowed.whole is not None
+                cached = cached_later(narrowed.whole, config)
+                found = dry_run(bench, gradients, dataset=narrowed.whole, cached=cached)
+            finally:
+                detach(bench.form)
+        finally:
+            AcceleratorState._reset_state(True)
+    emit(found)
+    return found
+
+
+def run(
+    config: TrainConfig,
+    folder: RunFolder,
+    orders: Orders,
+    emit: events.Emit,
+    *,
+    resuming: bool,
+    preflight: bool,
+) -> Path:
     began = time.monotonic()
     try:
         bench = prepare_or_say(config, folder, orders.stop, emit)
+        if preflight:
+            emit(dry_run(bench, gradients))
         first = take_up(bench) if resuming else 0
         if resuming:
             keep_preset(bench)  # with what --set has changed

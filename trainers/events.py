@@ -46,6 +46,31 @@ class TakenUp(TrainEvent):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Preflight(TrainEvent):
+    """Before the first step: what two steps of the largest batch cost, and what speaks against the training."""
+
+    largest: str  # width x height
+    pictures: int  # of that batch
+    pieces: int  # in which it is computed; 1: whole
+    memory: int  # bytes, at the peak: of the card, or of the process
+    memory_total: int  # bytes, of the card or of the machine
+    step_s: float
+    total_s: float  # all steps; saving and previews come on top
+    disk: int  # bytes of the run folder at its end
+    disk_free: int
+    warnings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [
+            f"Preflight: {self.pictures} pictures of {self.largest} take {size(self.memory)} of "
+            f"{size(self.memory_total)} memory and {self.step_s:.2g} s a step, {duration(self.total_s)} for all steps; "
+            f"{size(self.disk)} of {size(self.disk_free)} free disk.",
+            *(f"Warning: {warning}" for warning in self.warnings),
+        ]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Started(TrainEvent):
     """Just before the first step."""
 
@@ -226,3 +251,19 @@ class Console:
                 self._bar.close()
                 self._bar = None
             tqdm.write(str(event), file=sys.stderr if isinstance(event, Failed) else sys.stdout)
+
+
+def size(count: float) -> str:
+    """620 kB, 1.2 GB"""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count / 1e3:.0f} kB"
+
+
+def duration(seconds: float) -> str:
+    """45 s, 12 min, 3 h 20 min"""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

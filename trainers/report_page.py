@@ -33,9 +33,11 @@ from trainers.events import (
     Saved,
     Started,
     TrainEvent,
+    duration,
+    size,
 )
 from trainers.run_folder import RunFolder
-from trainers.story import Story, duration
+from trainers.story import Story
 
 WHEN = (Started, Saved, Preview, Paused, Finished, Reported, Interrupted, Failed)
 MOST_PREVIEWS = 16  # of one prompt, spread evenly over the run
@@ -160,6 +162,8 @@ def _tiles(story: Story) -> str:
             ("layers", f"{facts['layers']:,}"),
             ("pictures", _count(facts)),
         ]
+    if story.preflight:
+        tiles.append(("memory at its height", size(story.preflight["memory"])))
     cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in tiles)
     return f"<dl class=tiles>{cells}</dl>"
 

@@ -63,6 +63,7 @@ class Story:
     losses: list[tuple[int, float, float]] = field(default_factory=list)
     rates: list[tuple[int, float]] = field(default_factory=list)
     started: dict[str, Any] = field(default_factory=dict)  # the facts of the last Started
+    preflight: dict[str, Any] = field(default_factory=dict)  # likewise, of its Preflight
     versions: dict[str, str] = field(default_factory=dict)  # of the last process
     seconds: float = 0.0  # between the first and the last word of each process, added up
     previews: list[tuple[int, str, Path]] = field(default_factory=list)
@@ -111,6 +112,9 @@ class Story:
                 self.step, self.steps, self.eta_s = event["step"], event["steps"], event["eta_s"]
                 self._add_loss(event["step"], event["loss"])
                 self.rates.append((event["step"], event["learning_rate"]))
+            case "Preflight":
+                self.notes += event["warnings"]
+                self.preflight = event
             case "StepsChanged":
                 self.steps = event["steps"]
             case "Paused":
@@ -199,11 +203,3 @@ class Story:
             error=self.error,
             resume=self.folder.resume_command if goes_on else "",
         )
-
-
-def duration(seconds: float) -> str:
-    """45 s, 12 min, 3 h 20 min"""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
