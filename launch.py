@@ -18,6 +18,7 @@ examples:
   python launch.py --train presets/demo.toml
   python launch.py --train presets/sd15_subject.toml --set data.images=photos --set train.steps=1200
   python launch.py --preflight presets/sdxl_subject.toml --set data.images=photos
+  python launch.py --import-preset kohya.toml --out fox.toml
   python launch.py --train --resume runs/fox
   python launch.py --tell runs/fox pause
   python launch.py --tell runs/fox steps=1200 sample="a fox on the moon@0.8"
@@ -84,6 +85,13 @@ def parser() -> argparse.ArgumentParser:
         "against it; done before every training too",
     )
     what.add_argument(
+        "--import-preset",
+        type=Path,
+        metavar="FILE",
+        help="a preset out of kohya's TOML or JSON, or a text file with the command that starts sd-scripts or "
+        "diffusers' DreamBooth scripts; what cannot be carried over is named",
+    )
+    what.add_argument(
         "--tell",
         nargs="+",
         metavar="RUN ORDER",
@@ -143,7 +151,11 @@ def parser() -> argparse.ArgumentParser:
         default=None,
         help="fold the LoRAs into the base weights for the pictures",
     )
-    make.add_argument("--out", type=Path, help="folder for the pictures (outputs)")
+    make.add_argument(
+        "--out",
+        type=Path,
+        help="folder for the pictures (outputs); with --import-preset: the preset's file, else it is printed",
+    )
     return p
 
 
@@ -156,10 +168,12 @@ def main(argv: list[str] | None = None) -> int:
         bool(args.tell),
         bool(args.look),
         args.preflight is not None,
+        args.import_preset is not None,
     ]
     if sum(chosen) > 1:
         return _say(
-            "Choose one of --train, --preflight, --look, --tell, --generate and --list-presets.", USAGE
+            "Choose one of --train, --preflight, --look, --tell, --import-preset, --generate and --list-presets.",
+            USAGE,
         )
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault(
@@ -169,6 +183,8 @@ def main(argv: list[str] | None = None) -> int:
         return list_presets()
     if args.tell:
         return tell(args)
+    if args.import_preset is not None:
+        return import_preset(args)
     if args.train is not None or args.preflight is not None:
         return train(args)
     if args.look:
@@ -231,6 +247,20 @@ def train(args: argparse.Namespace) -> int:
         return INTERRUPTED  # the console has said where it was saved and how to go on
     except RunBusy as problem:
         return _say(str(problem), BUSY)
+    except ConfigError as problem:
+        return _say(str(problem), USAGE)
+    except LoraError as problem:
+        return _say(str(problem), FAILED)
+    return DONE
+
+
+def import_preset(args: argparse.Namespace) -> int:
+    from lora_core.errors import ConfigError, LoraError
+    from trainers import importing
+
+    try:
+        for line in importing.run(args.import_preset, args.out):
+            print(line)
     except ConfigError as problem:
         return _say(str(problem), USAGE)
     except LoraError as problem:

@@ -47,6 +47,13 @@ def load(path_or_name: str | Path, overrides: Sequence[str] = ()) -> TrainConfig
         raise ConfigError(f"{path.name}: {problem}") from None
 
 
+def parse(text: str, folder: Path) -> TrainConfig:
+    """A preset's text, as if it were a file in `folder`. Raises ConfigError."""
+    table = tomllib.loads(text)
+    _anchor_paths(table, folder)
+    return TrainConfig.model_validate(table)
+
+
 def find(path_or_name: str | Path) -> Path:
     """-> the preset's absolute path. A name without a folder or .toml means a shipped preset."""
     path = Path(path_or_name).expanduser()
@@ -70,21 +77,34 @@ def list_presets() -> list[tuple[str, Path, str]]:
 
 def dump(config: TrainConfig) -> str:
     """TOML text that loads back to an equal config. What is None is left out: TOML has no word for it."""
-    top, tables = [], []
+    table: Toml = {}
     for key, value in config:
         if isinstance(value, BaseModel):
-            lines = [f"{k} = {_toml(v)}" for k, v in value if v is not None]
-            tables.append("\n".join([f"[{key}]", *lines]))
+            table[key] = {k: v for k, v in value if v is not None}
         elif key == "dataset":
             common = dict(
                 config.data
             )  # what a folder has from there is left out, so that --set data.* still reaches it
-            for folder in value:
-                own = [(k, v) for k, v in folder if v is not None and (k not in common or common[k] != v)]
-                tables.append("\n".join(["[[dataset]]", *(f"{k} = {_toml(v)}" for k, v in own)]))
+            table[key] = [
+                {k: v for k, v in folder if v is not None and (k not in common or common[k] != v)}
+                for folder in value
+            ]
+        else:
+            table[key] = value
+    return spell(table)
+
+
+def spell(table: Mapping[str, Any]) -> str:
+    """TOML text of a preset's tables: single settings, [tables] of settings, lists of tables as [[tables]]."""
+    top, tables = [], []
+    for key, value in table.items():
+        parts = value if isinstance(value, list) and all(isinstance(v, Mapping) for v in value) else [value]
+        title = f"[{key}]" if parts is not value else f"[[{key}]]"
+        if parts is value or isinstance(value, Mapping):
+            tables += ["\n".join([title, *(f"{k} = {_toml(v)}" for k, v in part.items())]) for part in parts]
         else:
             top.append(f"{key} = {_toml(value)}")
-    return "\n\n".join(["\n".join(top), *tables]) + "\n"
+    return "\n\n".join(filter(None, ["\n".join(top), *tables])) + "\n"
 
 
 def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> Toml:
@@ -216,6 +236,6 @@ def _toml(value: Any) -> str:
     if isinstance(value, Mapping):
         pairs = (f"{_toml(k)} = {_toml(v)}" for k, v in value.items())
         return "{" + ", ".join(pairs) + "}"
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return "[" + ", ".join(_toml(v) for v in value) + "]"
     return repr(value)

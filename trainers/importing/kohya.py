@@ -1,0 +1,239 @@
+"""sd-scripts' train_network.py and sdxl_train_network.py: their arguments, whether from a command line or a TOML file.
+
+Argument names and defaults as of 2026: dim 4, alpha 1, learning rate 2e-6, 1,600 steps, batch 1, kaiming beginnings.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from trainers.importing import kohya_data, kohya_network
+from trainers.importing.carrying import Carrying, Rule, finite, is_yes, text, whole
+from trainers.importing.reading import Given
+from trainers.importing.shared import (
+    PRECISIONS,
+    carry_base,
+    carry_name,
+    carry_optimizer,
+    carry_schedule,
+)
+
+RULES: dict[str, Rule] = {
+    "seed": ("seed", whole),
+    "gradient_accumulation_steps": ("train.gradient_accumulation", whole),
+    "gradient_checkpointing": ("train.gradient_checkpointing", is_yes),
+    "prior_loss_weight": ("data.prior_weight", finite),
+    "network_weights": ("lora.start_from", text),
+    "save_every_n_steps": ("save.every", whole),
+    "noise_offset": ("train.noise_offset", finite),
+    "ip_noise_gamma": ("train.input_perturbation", finite),
+}
+# about how that program runs, or what ours takes from the base itself
+_IDLE = """
+    xformers sdpa mem_eff_attn cache_latents cache_latents_to_disk vae_batch_size lowram highvram lowvram
+    cache_text_encoder_outputs cache_text_encoder_outputs_to_disk no_half_vae max_data_loader_n_workers
+    persistent_data_loader_workers num_cpu_threads_per_process num_processes num_machines gpu_ids multi_gpu
+    main_process_port dynamo_backend dynamo_mode dynamo_use_dynamic dynamo_use_fullgraph
+    extra_accelerate_launch_args skip_cache_check torch_compile ddp_gradient_as_bucket_view ddp_static_graph
+    ddp_timeout logging_dir log_prefix log_with log_tracker_name log_tracker_config log_config wandb_api_key
+    wandb_run_name use_wandb console_log_level console_log_file console_log_simple v2 v_parameterization sdxl
+    save_model_as network_train_unet_only dim_from_weights save_state save_state_on_train_end
+    save_last_n_epochs_state save_last_n_steps_state enable_preview sample_at_first tokenizer_cache_dir
+    model_list epoch disable_mmap_load_safetensors no_metadata save_last_n_epochs save_last_n_steps
+    training_comment debug_dataset config_file output_config huggingface_path_in_repo huggingface_repo_id
+    huggingface_repo_type huggingface_repo_visibility huggingface_token async_upload save_state_to_huggingface
+    resume_from_huggingface train_batch_size_auto manual_seed
+"""
+IDLE = frozenset(_IDLE.split())
+# what changes the training and is not here; a value in brackets says nothing
+REASONS: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "clip_skip": ("prompts are read from the text encoder's last layer, as the base was trained", (1,)),
+    "max_token_length": ("prompts are cut at 77 tokens", (75,)),
+    "min_timestep": ("all noise levels are trained", (0,)),
+    "max_timestep": ("all noise levels are trained", (1000,)),
+    "full_fp16": ("the LoRA itself is always trained in fp32", ()),
+    "full_bf16": ("the LoRA itself is always trained in fp32", ()),
+    "loss_type": ("the loss is the mean square", ("l2",)),
+    "huber_schedule": ("the loss is the mean square", ("snr", "exponential", "constant")),
+    "huber_c": ("the loss is the mean square", (0.1,)),
+    "huber_scale": ("the loss is the mean square", (1.0,)),
+    "noise_offset_type": ("", ("Original", "Multires")),
+    "adaptive_noise_scale": ("the offset is the same for all pictures", ()),
+    "noise_offset_random_strength": ("the offset is as strong at every step", ()),
+    "ip_noise_gamma_random_strength": ("it is as strong at every step", ()),
+    "resume": ("its states hold what only it can read; lora.start_from goes on from its LoRA file", ()),
+    "zero_terminal_snr": ("the base's own noise schedule is trained on", ()),
+    "vae": ("pictures are encoded by the base's own VAE", ()),
+    "network_train_text_encoder_only": ("the UNet is always trained", ()),
+}
+
+
+def carry(given: Given) -> Carrying:
+    return carry_arguments(given, given.settings)
+
+
+def carry_arguments(given: Given, settings: dict[str, Any]) -> Carrying:
+    c = Carrying(settings)
+    carry_name(c, c.take("output_name"), given.file.stem)
+    carry_base(c, given.folder, "./sd15.safetensors")
+    if output := c.take("output_dir"):
+        c.set("output", text(output))
+    if is_yes(c.given.get("fp8_base", False)) | is_yes(c.given.get("fp8_base_unet", False)):
+        c.take("fp8_base"), c.take("fp8_base_unet")
+        c.set("train.quantize", "fp8")
+    if c.yes("v_parameterization"):
+        c.set("prediction", "v_prediction")
+    c.apply(RULES)
+    kohya_network.carry(c)
+    data = kohya_data.carry(c, given.folder)
+    _precision(c)
+    _rates(c)
+    _length(c, data)
+    _loss(c)
+    _previews(c, given.folder, data)
+    if c.take("save_model_as", default="safetensors") not in ("safetensors", "same as source model"):
+        c.change("save_model_as", "ckpt", "files are always safetensors")
+    for name, (why, harmless) in REASONS.items():
+        c.leave_if(name, why, harmless=harmless)
+    c.finish(IDLE)
+    return c
+
+
+def _precision(c: Carrying) -> None:
+    mixed = text(c.take("mixed_precision", default="no"))
+    c.set("train.base_dtype", PRECISIONS.get(mixed, "auto"))
+    saved = text(c.take("save_precision", default="float"))
+    c.set("save.dtype", {"float": "fp32", "fp32": "fp32", "bf16": "bf16"}.get(saved, "fp16"))
+
+
+def _rates(c: Carrying) -> None:
+    """The UNet's rate is ours; the text encoders' are told apart where two are given."""
+    common = c.number("learning_rate", 2e-6) or 0.0
+    unet = c.number("unet_lr")
+    words = c.given.pop("text_encoder_lr", None)
+    several = words if isinstance(words, list) else [] if words in (None, "") else [words]
+    encoders = [c.read("text_encoder_lr", rate, finite, 0.0) for rate in several]
+    if is_yes(c.take("network_train_unet_only", default=False)) or _is_on(c, "cache_text_encoder_outputs"):
+        encoders = [0.0]
+    if unet == 0:
+        c.leave("unet_lr", 0, "the UNet is always trained")
+    peak = unet or common or 1e-4
+    optimizer = carry_optimizer(c, peak)
+    if optimizer is not None:  # its rates are factors near 1
+        shares = [rate / peak for rate in encoders]
+        peak, encoders = optimizer, [optimizer * share for share in shares]
+    c.set("train.learning_rate", peak)
+    if encoders:
+        c.set("train.text_encoder_learning_rate", encoders[0])
+    elif common and common != peak and optimizer is None:
+        c.set("train.text_encoder_learning_rate", common)
+    if len(encoders) > 1 and encoders[1] != encoders[0]:
+        c.set("train.text_encoder_2_learning_rate", encoders[1])
+
+
+def _is_on(c: Carrying, name: str) -> bool:
+    return is_yes(c.given.get(name, False))
+
+
+def _length(c: Carrying, data: kohya_data.Counted) -> None:
+    """Steps, and what is counted in epochs or as a share of the steps."""
+    batch = c.preset.get("train", {}).get("batch_size", 1)
+    accumulation = c.preset.get("train", {}).get("gradient_accumulation", 1)
+    epochs, steps = c.whole("max_train_epochs"), c.whole("max_train_steps")
+    per_epoch = math.ceil(math.ceil(data.pictures / batch) / accumulation) if data.pictures else None
+    if epochs and per_epoch:
+        total = epochs * per_epoch
+    else:
+        if epochs:
+            c.leave(
+                "max_train_epochs",
+                epochs,
+                "the folder of pictures is not there to count: set train.steps to epochs × pictures × "
+                "repeats / batch",
+            )
+        total = steps or 1600
+        if data.has_class and not epochs:
+            total = max(1, total // 2)
+            c.change(
+                "max_train_steps",
+                steps or 1600,
+                f"{total} here: each step has a picture of the class beside each of the subject, there "
+                f"they take turns",
+            )
+    c.set("train.steps", total)
+    carry_schedule(c, total)
+    every = c.whole("save_every_n_epochs")
+    if every and "every" not in c.preset.get("save", {}):
+        if per_epoch:
+            c.set("save.every", every * per_epoch)
+        else:
+            c.leave("save_every_n_epochs", every, "save.every counts steps")
+    c.given["_per_epoch"] = per_epoch
+
+
+def _loss(c: Carrying) -> None:
+    gamma = c.number("min_snr_gamma")
+    if gamma:
+        c.set("train.loss_weighting", "min_snr")
+        c.set("train.snr_gamma", gamma)
+    rounds, discount = c.whole("multires_noise_iterations"), c.number("multires_noise_discount", 0.3)
+    if rounds and discount:
+        c.set("train.pyramid_noise", discount)
+        c.change("multires_noise_iterations", rounds, "here down to a single pixel")
+    norm = c.number("max_grad_norm", 1.0)
+    c.set("train.max_grad_norm", norm or 1e9)
+    if not norm:
+        c.change("max_grad_norm", 0, "1e9 here: never shortened")
+
+
+def _previews(c: Carrying, folder: Path, data: kohya_data.Counted) -> None:
+    prompts = c.take("sample_prompts")
+    every, epochs = c.whole("sample_every_n_steps"), c.whole("sample_every_n_epochs")
+    per_epoch = c.given.pop("_per_epoch", None)
+    if not every and epochs:
+        if per_epoch:
+            every = epochs * per_epoch
+        else:
+            c.leave("sample_every_n_epochs", epochs, "preview.every counts steps")
+    sampler = c.take("sample_sampler")
+    lines = _prompt_lines(c, prompts, folder)
+    if sampler and lines and every:
+        c.leave("sample_sampler", sampler, "previews use the base's own sampler")
+    if not (every and lines):
+        return
+    c.set("preview.every", every)
+    c.set("preview.prompts", [line.partition(" --")[0].strip() for line in lines])
+    flags = [dict(pair.partition(" ")[::2] for pair in line.split(" --")[1:]) for line in lines]
+    numbers: dict[str, Rule] = {
+        "s": ("preview.steps", whole),
+        "l": ("preview.guidance", finite),
+        "d": ("preview.seed", whole),
+    }
+    for flag, (setting, read) in numbers.items():
+        values = {f[flag].strip() for f in flags if flag in f}
+        if len(values) == 1:
+            c.apply({f"sample_prompts --{flag}": (setting, read)}, {f"sample_prompts --{flag}": values.pop()})
+        elif values:
+            c.leave(f"sample_prompts --{flag}", sorted(values), "one for all previews")
+    for flag, why in {
+        "n": "previews have no negative prompt",
+        "w": "previews have the training's size",
+    }.items():
+        for value in sorted({f[flag].strip() for f in flags if flag in f}):
+            c.leave(f"sample_prompts --{flag}", value, why)
+
+
+def _prompt_lines(c: Carrying, prompts: Any, folder: Path) -> list[str]:
+    """Of a file of prompts, or of the text itself."""
+    if prompts is None:
+        return []
+    named = folder / str(prompts)
+    if "\n" not in str(prompts) and Path(str(prompts)).suffix.lower() in (".txt", ".toml", ".json"):
+        if named.suffix.lower() != ".txt" or not named.is_file() or named.stat().st_size > 1 << 20:
+            c.leave("sample_prompts", prompts, "the file is not here to read; write preview.prompts")
+            return []
+        prompts = named.read_text(encoding="utf-8-sig", errors="replace")
+    lines = [line.strip() for line in str(prompts).splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]

@@ -1,0 +1,252 @@
+"""kohya's pictures: train_data_dir with folders like "10_sks dog", or a dataset_config of [[datasets]] and subsets.
+
+A setting counts where it stands nearest: in the subset, else its dataset, else [general], else the arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_core.errors import ConfigError
+from trainers.folders import kohya_folders, picture_files
+from trainers.importing.carrying import Carrying, Rule, finite, is_yes, text, whole
+from trainers.importing.reading import table_of, text_of
+
+FOLDER_RULES: dict[str, Rule] = {  # of each folder
+    "shuffle_caption": ("shuffle_tags", is_yes),
+    "keep_tokens": ("keep_tokens", whole),
+    "caption_dropout_rate": ("caption_dropout", finite),
+    "caption_tag_dropout_rate": ("tag_dropout", finite),
+    "flip_aug": ("flip", is_yes),
+    "alpha_mask": ("masked_loss", is_yes),
+    "class_tokens": ("prompt", text),
+    "num_repeats": ("repeats", whole),
+}
+DATASET_ONLY = (
+    "resolution",
+    "batch_size",
+    "enable_bucket",
+    "bucket_no_upscale",
+    "bucket_reso_steps",
+    "max_bucket_reso",
+)
+UNSEEN = (
+    "image_dir",
+    "is_reg",
+    "metadata_file",
+    "conditioning_data_dir",
+    "subsets",
+    "min_bucket_reso",
+    *DATASET_ONLY,
+)
+LEFT = {  # of each folder, with the reason
+    "color_aug": "",
+    "face_crop_aug_range": "",
+    "caption_suffix": "nothing is put behind captions",
+    "keep_tokens_separator": "lora-loom keeps a number of tags: data.keep_tokens",
+    "secondary_separator": "",
+    "caption_separator": "tags stand between commas",
+    "caption_dropout_every_n_epochs": "",
+    "token_warmup_min": "",
+    "token_warmup_step": "",
+    "skip_image_resolution": "",
+    "resize_interpolation": "",
+    "custom_attributes": "",
+    "weighted_captions": "",
+}
+HARMLESS = {"caption_separator": (",",), "token_warmup_min": (1,), "keep_tokens_separator": ("",)}
+NAMES = (
+    *FOLDER_RULES,
+    *DATASET_ONLY,
+    *LEFT,
+    "min_bucket_reso",
+    "random_crop",
+    "enable_wildcard",
+    "caption_prefix",
+)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """`pictures` of an epoch, repeats counted; None where the folders are not there to look at."""
+
+    pictures: int | None
+    has_class: bool
+
+
+def carry(c: Carrying, folder: Path) -> Counted:
+    arguments = {name: c.given.pop(name) for name in NAMES if name in c.given}
+    arguments["batch_size"] = c.take("train_batch_size", default=arguments.get("batch_size", 1))
+    extension = c.take("caption_extension", "caption_extention", default=".txt")
+    if extension not in (".txt", ".caption", "txt", "caption"):
+        c.leave("caption_extension", extension, "captions are .txt files, or .caption")
+    masked, masks = c.yes("masked_loss"), c.take("conditioning_data_dir")
+    config, images, classes = c.take("dataset_config"), c.take("train_data_dir"), c.take("reg_data_dir")
+    c.leave_if("in_json", "captions are read from files beside the pictures")
+    if config is not None:
+        counted = _of_config(c, config, arguments, folder)
+    else:
+        counted = _of_folders(c, images, classes, arguments, folder)
+    if masked:
+        c.set("data.masked_loss", True)
+        if masks:
+            c.set("data.masks", text(masks))
+    return counted
+
+
+def _of_folders(
+    c: Carrying, images: Any, classes: Any, arguments: Mapping[str, Any], folder: Path
+) -> Counted:
+    if images is None:
+        c.leave("train_data_dir", None, "no folder of pictures is named: set data.images")
+    c.set("data.images", text(images or "images"))
+    _folder(c, arguments, "data")
+    _dataset(c, arguments)
+    has_class = False
+    if classes:
+        has_class = _class_pictures(c, text(classes), folder)
+    return Counted(_pictures(folder / text(images)) if images else None, has_class)
+
+
+def _class_pictures(c: Carrying, classes: str, folder: Path) -> bool:
+    """kohya names their class in the folder's name too: 1_dog."""
+    inside = kohya_folders(folder / classes) if (folder / classes).is_dir() else []
+    if len(inside) != 1:
+        c.leave(
+            "reg_data_dir", classes, 'set data.class_images, and data.class_prompt such as "a photo of a dog"'
+        )
+        return False
+    c.set("data.class_images", f"{classes.rstrip('/')}/{inside[0][0].name}")
+    c.set("data.class_prompt", inside[0][2])
+    return True
+
+
+def _of_config(c: Carrying, config: Any, arguments: Mapping[str, Any], folder: Path) -> Counted:
+    if not isinstance(config, dict):
+        named = folder / text(config)
+        if not named.is_file():
+            c.leave(
+                "dataset_config", config, "the file is not there; import it by itself, or set data.images"
+            )
+            c.set("data.images", "images")
+            return Counted(None, False)
+        config = table_of(named, text_of(named))
+    general = {**arguments, **config.get("general", {})}
+    datasets = config.get("datasets") or []
+    instances: list[dict[str, Any]] = []
+    classes: list[dict[str, Any]] = []
+    for dataset in datasets:
+        common = {**general, **{k: v for k, v in dataset.items() if k != "subsets"}}
+        for subset in dataset.get("subsets") or []:
+            (classes if is_yes(subset.get("is_reg", False)) else instances).append({**common, **subset})
+    if not instances:
+        raise ConfigError("The dataset_config has no [[datasets.subsets]] with an image_dir to learn from.")
+    _dataset(c, instances[0])
+    for name in (*DATASET_ONLY[1:], "min_bucket_reso"):
+        others = sorted({str(i[name]) for i in instances if name in i and i[name] != instances[0].get(name)})
+        if others:
+            c.leave(f"{name} of further datasets", others, "one for all folders")
+    tables = [_subset(c, subset, several=len(instances) > 1) for subset in instances]
+    if len(tables) == 1 and tables[0].get("repeats", 1) == 1:
+        tables[0].pop("repeats", None)
+        c.preset.setdefault("data", {}).update(tables[0])
+    else:
+        c.preset.get("data", {}).pop("resolution", None)
+        c.set("dataset", tables)
+    if len(classes) == 1 and "class_tokens" in classes[0]:
+        c.set("data.class_images", text(classes[0].get("image_dir")))
+        c.set("data.class_prompt", text(classes[0]["class_tokens"]))
+    else:
+        for subset in classes:
+            c.leave("is_reg subset", subset.get("image_dir"), "set data.class_images and data.class_prompt")
+    counts = [_pictures(folder / t["images"]) for t in tables]
+    repeats = [t.get("repeats", 1) for t in tables]
+    whole_count = None if None in counts else sum(n * r for n, r in zip(counts, repeats, strict=True) if n)
+    return Counted(whole_count, len(classes) == 1)
+
+
+def _subset(c: Carrying, subset: Mapping[str, Any], *, several: bool) -> dict[str, Any]:
+    inner = Carrying({})
+    image_dir = text(subset.get("image_dir", ""))
+    inner.set("data.images", image_dir)
+    _folder(inner, subset, "data")
+    if several and subset.get("resolution") not in (None, ""):
+        _resolution(inner, subset["resolution"])
+    if "metadata_file" in subset:
+        inner.leave(
+            "metadata_file", subset["metadata_file"], "captions are read from files beside the pictures"
+        )
+    if "conditioning_data_dir" in subset:
+        inner.set("data.masks", text(subset["conditioning_data_dir"]))
+        inner.set("data.masked_loss", True)
+    for line in inner.left:
+        c.left.append(f"{image_dir}: {line}")
+    c.changed += [f"{image_dir}: {line}" for line in inner.changed if line not in c.changed]
+    table: dict[str, Any] = inner.preset["data"]
+    return table
+
+
+def _folder(c: Carrying, given: Mapping[str, Any], table: str) -> None:
+    inner = Carrying({k: v for k, v in given.items() if k not in UNSEEN})
+    inner.apply({name: (f"{table}.{key}", read) for name, (key, read) in FOLDER_RULES.items()})
+    found = inner.preset.get(table, {})
+    found = {k: v for k, v in found.items() if v not in (False, 0, 0.0, "")}
+    c.preset.setdefault(table, {}).update(found)
+    wildcards = inner.yes("enable_wildcard")
+    if not wildcards:  # there a caption is then its first line, word for word
+        c.set(f"{table}.wildcards", False)
+        c.set(f"{table}.caption_lines", "first")
+    if inner.yes("random_crop"):
+        c.set(f"{table}.crop", "random")
+        c.set("train.cache_latents", False)
+    if prefix := inner.take("caption_prefix"):
+        c.set(f"{table}.trigger", text(prefix).rstrip(", "))
+        c.change("caption_prefix", prefix, "a trigger here: a caption that has it already stays as it is")
+    for name, why in LEFT.items():
+        inner.leave_if(name, why, harmless=HARMLESS.get(name, ()))
+    c.left += inner.left
+
+
+def _dataset(c: Carrying, given: Mapping[str, Any]) -> None:
+    """What is one for all pictures."""
+    c.set("train.batch_size", max(1, c.read("batch_size", given.get("batch_size") or 1, whole, 1)))
+    _resolution(c, given.get("resolution"))
+    if not is_yes(given.get("enable_bucket") or False):
+        c.set("data.buckets", False)
+        return
+    for name, key, usual in (
+        ("min_bucket_reso", "bucket_min", 256),
+        ("max_bucket_reso", "bucket_max", 1024),
+        ("bucket_reso_steps", "bucket_step", 64),
+    ):
+        c.set(f"data.{key}", c.read(name, given.get(name) or usual, whole, usual))
+    c.set("data.upscale", not is_yes(given.get("bucket_no_upscale") or False))
+
+
+def _resolution(c: Carrying, value: Any) -> None:
+    """512, "512", "512,768", [512, 768]; two sides become the square of the same area."""
+    if value in (None, ""):
+        return
+    sides = value if isinstance(value, list | tuple) else str(value).split(",")
+    numbers = [c.read("resolution", side, whole, 0) for side in sides]
+    if not numbers or min(numbers) <= 0:
+        return
+    side = round((numbers[0] * numbers[-1]) ** 0.5 / 8) * 8
+    c.set("data.resolution", side)
+    if len(set(numbers)) > 1:
+        c.change(
+            "resolution", value, f"{side} here: the square of that area; buckets keep the pictures' shapes"
+        )
+
+
+def _pictures(folder: Path) -> int | None:
+    """Of an epoch; None where there are none to be seen."""
+    if not folder.is_dir():
+        return None
+    inside = kohya_folders(folder)
+    if not inside:
+        return len(picture_files(folder)) or None
+    return sum(repeats * len(picture_files(path)) for path, repeats, _ in inside) or None
