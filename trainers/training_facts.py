@@ -69,7 +69,9 @@ def facts(config: TrainConfig, opened: OpenedBase, ran: Ran, dataset: Dataset) -
         "modelspec.date": datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds"),
         "loom.preset": presets.dump(without_folders(config)),
     }
+    v = opened.pipeline.scheduler.config.get("prediction_type") == "v_prediction"
     said = {
+        "modelspec.prediction_type": "v" if v else None,  # from which follow sd_v2_v and 768-v, with SD 2.x
         "modelspec.trigger_phrase": next((p for d in config.datasets if (p := d.trigger or d.prompt)), None),
         "modelspec.author": config.save.author,
         "modelspec.description": config.save.description,

@@ -13,6 +13,7 @@ from PIL import Image
 
 from lora_core import read_adapter
 from lora_core.safe_files import tensors_sha256
+from tests.small_models import save_ldm_single_file, small_pipeline
 from tests.trainers.runs import SIDE, Recorder, base_folder, config, pictures
 from trainers import presets
 from trainers.dreambooth import train
@@ -109,3 +110,18 @@ def test_what_other_programs_will_not_read_is_said_before_the_first_step(tmp_pat
         notes = [str(e) for e in recorder.seen[:first] if isinstance(e, Note) and "finished file" in str(e)]
         assert len(notes) == len(said), notes
         assert all(part in note for part, note in zip(said, notes, strict=True))
+
+
+def test_a_silent_base_is_tried_out_and_the_file_says_what_it_was_trained_as(tmp_path: Path) -> None:
+    """SD 2.x in one file; trained the other way, it says the other thing."""
+    base = save_ldm_single_file(small_pipeline("sd2", clip_vocabulary=True), tmp_path / "sd2.safetensors")
+    pictures(tmp_path / "images", 1)
+    said = {}
+    for prediction in ("auto", "epsilon"):
+        recorder = Recorder()
+        settings = config(tmp_path, base, train={"steps": 1}).model_copy(update={"prediction": prediction})
+        metadata = read_adapter(train(settings, listeners=[recorder])).metadata
+        said[prediction] = [metadata[k] for k in ("ss_base_model_version", "modelspec.prediction_type")]
+        notes = [e.text for e in recorder.seen if isinstance(e, Note) and "predicts" in e.text]
+        assert len(notes) == (prediction == "auto")
+    assert said == {"auto": ["sd_v2_v", "v"], "epsilon": ["sd_v2", "epsilon"]}
