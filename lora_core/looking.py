@@ -16,7 +16,7 @@ from lora_core.errors import FileRefused, LoraError
 from lora_core.facts import Facts, counted
 from lora_core.families import FAMILIES, Told, family_of_layers
 from lora_core.formats.assembly import is_number
-from lora_core.formats.files import describe_adapter, headers_of, spelling_of
+from lora_core.formats.files import describe_adapter, headers_of, read_adapter, spelling_of
 from lora_core.formats.keys import adapter_path
 from lora_core.formats.metadata import FAMILY_KEYS, family_of_metadata
 from lora_core.formats.said import THUMBNAIL, commonest_tags, facts_said, trigger_words
@@ -228,14 +228,12 @@ def _read_through(found: Look) -> Look:
         for key in header.tensors
         if not is_finite(read_tensors(header, [key])[key])
     )
-    problem = ""
-    if bad:
-        problem = (
-            f"{found.path.name} holds values that are NaN or infinite ({', '.join(bad[:3])}"
-            f"{f' and {len(bad) - 3} more tensors' if len(bad) > 3 else ''}). A LoRA must be finite: use an earlier "
-            "checkpoint of it."
-        )
-    return replace(found, hashes=digests, facts=replace(found.facts, not_finite=bad), problem=problem)
+    facts = replace(found.facts, not_finite=bad)
+    try:
+        read_adapter(found.path)  # factors that are finite can have a product that is not
+    except LoraError as problem:
+        return replace(found, hashes=digests, facts=facts, problem=str(problem))
+    return replace(found, hashes=digests, facts=facts)
 
 
 def _family_of_base(headers: Sequence[Header]) -> Told:

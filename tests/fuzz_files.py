@@ -41,6 +41,7 @@ SECONDS = 2.0  # of processor time, for all doors together
 MEMORY = 100 * 2**20  # bytes beyond the file's own
 SENTENCE = 1000  # characters of a refusal
 BASES = 1 / 25  # of the cases: a model is built for each
+STATUS = Path("/proc/self/status")  # Linux
 LARGEST = 2**40  # bytes of a sparse file
 
 
@@ -80,7 +81,7 @@ class Fuzzer:
         report = Report()
         for number in range(first, first + count):
             draft, path, size = self.case(number)
-            before, began = peak(), time.process_time()
+            before, began = peak(anew=True), time.process_time()
             try:
                 outcome = self.base(path) if draft.is_base else self.lora(path)
             except Exception:  # whatever it is, it is the finding
@@ -153,6 +154,8 @@ class Fuzzer:
             refused(lambda: find_base(path))
             return "refused"
         require(not seen.problem, f"read, but a look says: {seen.problem}")
+        whole = look(path, hashes=True)
+        require(not whole.problem and whole.hashes, f"read, but a look with hashes says: {whole.problem}")
         require(seen.facts is not None, "read, and a look has no facts")
         require(
             replace(Facts.of(adapter), dtypes={}) == replace(seen.facts, dtypes={}),
@@ -197,10 +200,15 @@ def sentence(text: str) -> None:
     require(len(text) <= SENTENCE and text.isprintable(), f"no sentence: {text!r}")
 
 
-def peak() -> int:
-    """The most memory this process has had, in bytes."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+def peak(*, anew: bool = False) -> int:
+    """The most memory this process has had, in bytes; `anew`: forget what it had before, where the system can."""
+    if not STATUS.exists():
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024
+    if anew:
+        STATUS.with_name("clear_refs").write_text("5")
+    (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from lora_core.adapter import Adapter
 from lora_core.deltas.bias import WithBias
 from lora_core.deltas.full import Full
 from lora_core.deltas.low_rank import LowRank
+from lora_core.errors import NotFinite
 from lora_core.facts import Facts
 from lora_core.formats import read_adapter, write_adapter
 from lora_core.formats.said import commonest_tags, facts_said, trigger_words
@@ -155,8 +157,15 @@ def test_hashes_are_of_the_bytes_and_non_finite_tensors_are_named(tmp_path: Path
     assert found.as_json()["hashes"]["autov3"] == hashlib.sha256(body).hexdigest()[:12]
     assert found.facts is not None
     assert found.facts.not_finite == (up,)
-    assert up in found.problem
-    assert "finite" in found.problem
+    assert "must be finite" in found.problem
+    with pytest.raises(NotFinite, match=re.escape(found.problem)):
+        read_adapter(path)
+    save_tensors(
+        path, {**PAIR, "hello": torch.tensor(float("inf"))}
+    )  # what is not used is named and harms nothing
+    found = look(path, hashes=True)
+    assert found.facts is not None
+    assert (found.problem, found.facts.not_finite, found.unused) == ("", ("hello",), ("hello",))
 
 
 def test_only_the_header_and_the_alphas_are_read(tmp_path: Path) -> None:
