@@ -1,1 +1,1 @@
-"""The page in the browser. Not there yet: `launch.py` says what to run instead."""
+"""The page in the browser, and what may be said on the command line."""

@@ -28,7 +28,8 @@ from lora_core.facts import Coverage
 from lora_core.families import check_belongs
 from lora_core.folding import fold, fold_bias
 from lora_core.formats.files import read_adapter
-from lora_core.formats.metadata import MODELSPEC, without_paths
+from lora_core.formats.metadata import MODELSPEC, parent, without_paths
+from lora_core.lower_rank import Lost
 from lora_core.mix import AdapterWeight, WeightValue
 from lora_core.model_weights import ModelWeights, weights_of
 from lora_core.models import find_base
@@ -49,15 +50,19 @@ Loras = Sequence[tuple[Adapter | str | Path, WeightValue]]
 @dataclass(frozen=True)
 class Baked:
     """`changed` layers of the new model at `path` differ from the base's; `unused`: what of the LoRAs the base has no
-    place for."""
+    place for; `rounded`: the share of |sum w ΔW| that was lost in rounding to the file's dtypes."""
 
     path: Path
     changed: int
     unused: tuple[str, ...]
+    rounded: float
 
     def __str__(self) -> str:
         tail = f"; not used: {', '.join(self.unused)}" if self.unused else ""
-        return f"{self.path.name}: {self.changed} layers changed, all tensors read back and compared{tail}"
+        return (
+            f"{self.path.name}: {self.changed} layers changed, {self.rounded:.2g} of the change lost in rounding, all "
+            f"tensors read back and compared{tail}"
+        )
 
 
 @torch.no_grad()
@@ -68,6 +73,7 @@ def bake(
     *,
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
+    overwrite: bool = False,
 ) -> Baked:
     """Write `base` with `loras` (LoRA or its file, weight) fused in, as a diffusers folder or, where `out` ends in
     .safetensors, as one file.
@@ -76,6 +82,7 @@ def bake(
                 read from them again
     dtype       float16, bfloat16 or float32 for all tensors; None: each as the base has it
     metadata    added to the file's own, and wins over it
+    overwrite   a file that exists may be replaced; a folder never is
 
     Raises LoraError where `out` exists, for weights that move over the steps, and where none of a LoRA's layers exist
     in the base; ConfigError for a model that one file cannot say; WrongFamily, NotFinite, FileRefused, SaveFailed.
@@ -84,7 +91,7 @@ def bake(
     out = Path(out)
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype = {dtype} cannot hold a model: use float16, bfloat16 or float32 of torch.")
-    if out.exists():
+    if out.exists() and not (overwrite and out.is_file() and out.suffix == ".safetensors"):
         raise LoraError(f"{out} exists already. Choose another name, or remove it first.")
     weights = weights_of(base, pristine=True, settled=True)
     model = Fused(weights, loras, dtype)
@@ -93,7 +100,7 @@ def bake(
         write_single_file(model, out, facts)
     else:
         write_folder_atomic(out, lambda folder: _write_folder(model, folder, facts))
-    return Baked(out, len(model.changes), model.unused)
+    return Baked(out, len(model.changes), model.unused, model.rounded.share)
 
 
 class Fused:
@@ -105,6 +112,7 @@ class Fused:
         self.changes: dict[str, list[tuple[float, Delta]]] = {}
         self.said: list[dict[str, Any]] = []
         self.unused: tuple[str, ...] = ()
+        self.rounded = Lost()
         for source, value in loras:
             adapter = source if isinstance(source, Adapter) else read_adapter(source)
             self._add(adapter, AdapterWeight.parse(adapter.name or "lora", value))
@@ -137,8 +145,7 @@ class Fused:
                     bias_of(layer, path)  # refused where there is none
                 self.changes.setdefault(path, []).append((weight.at(path), adapter.deltas[path]))
         self.unused += Coverage.of(adapter, found).unused
-        hashes = {k: adapter.metadata[k] for k in ("sshs_model_hash",) if k in adapter.metadata}
-        self.said.append({"name": name, "weight": weight.plain, **hashes})
+        self.said.append(parent(adapter, weight.plain))
 
     def components(self) -> list[str]:
         return list(self.weights.models)
@@ -171,7 +178,7 @@ class Fused:
         path = file_path(component, inside)
         weighted = self.changes.get(path, []) if component in COMPONENTS else []
         if kind == "weight" and weighted:
-            return _fused_weight(self.layers[path], path, weighted, dtype)
+            return _fused_weight(self.layers[path], path, weighted, dtype, self.rounded)
         tensor = self.weights.read(component, name)
         if kind == "bias":
             changes = [(w, delta.bias) for w, delta in weighted if isinstance(delta, WithBias)]
@@ -180,12 +187,14 @@ class Fused:
 
 
 def _fused_weight(
-    layer: nn.Module, path: str, weighted: Sequence[tuple[float, Delta]], dtype: torch.dtype
+    layer: nn.Module, path: str, weighted: Sequence[tuple[float, Delta]], dtype: torch.dtype, rounded: Lost
 ) -> Tensor:
     """As BaseWeights.fuse, into a tensor of its own."""
     w0 = weight_of(layer).detach()
-    target = torch.empty(w0.shape, dtype=dtype, device=w0.device)
-    fold(target, w0, [(weight, wear("", delta, layer, path, w0)) for weight, delta in weighted])
+    exact = torch.empty(w0.shape, dtype=torch.float32, device=w0.device)
+    fold(exact, w0, [(weight, wear("", delta, layer, path, w0)) for weight, delta in weighted])
+    target = exact.to(dtype)
+    rounded.add((exact - w0).square().sum(), (exact - target).square().sum())
     return target
 
 

@@ -21,9 +21,10 @@ have scale 1. What was lost to a lower rank is said in the metadata (`LOST`), as
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
 import torch
@@ -31,20 +32,23 @@ from torch import Tensor, nn
 
 from lora_core import algebra
 from lora_core.adapter import Adapter
+from lora_core.changes import dense, is_of_norm, nearest, of_weight, with_weight
 from lora_core.deltas import Delta, Factored
 from lora_core.deltas.bias import WithBias
 from lora_core.deltas.full import Full
 from lora_core.deltas.low_rank import LowRank
 from lora_core.deltas.magnitude import WithMagnitude
 from lora_core.errors import ConfigError, WrongFamily, did_you_mean
-from lora_core.families import by
-from lora_core.formats.kinds import kind_of_delta
-from lora_core.formats.metadata import HASHES
-from lora_core.lower_rank import LOST, Lost, check_rank, clamped, low_rank, rank_of, svd
+from lora_core.facts import kind_name
+from lora_core.formats.metadata import HASHES, agreed, parent
+from lora_core.lower_rank import LOST, Lost, best_factors, check_rank, clamped, low_rank
+from lora_core.progress import steps
 from lora_core.replication import read_map, written
-from lora_core.worn import original_weight, weight_shape
+from lora_core.worn import weight_shape
 
-FROM = "lora_loom.combined"  # metadata: from what, and how
+FROM = (
+    "lora_loom.combined"  # metadata: JSON, Combination's fields and "of": name, weight and hash of each LoRA
+)
 
 Method = Literal[
     "cat",
@@ -116,6 +120,12 @@ class Combination:
                     f"{name} has no effect with {self.method}, which holds no election. Leave it out."
                 )
 
+    def recipe(self, adapters: Sequence[tuple[Adapter, float]]) -> str:
+        """JSON: what of these fields was given, and the LoRAs with weights and hashes."""
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        of = [parent(adapter, weight) for adapter, weight in adapters]
+        return json.dumps({"method": self.method, **given, "of": of})
+
     @property
     def by_svd(self) -> bool:
         return self.method.endswith("svd")
@@ -156,12 +166,15 @@ def combine(
     family = _one_family(adapters)
     sums = Lost()
     deltas: dict[str, Delta] = {}
-    for path in dict.fromkeys(path for adapter, _ in adapters for path in adapter.deltas):
+    paths = dict.fromkeys(path for adapter, _ in adapters for path in adapter.deltas)
+    for path in steps(paths, "layers"):
         parts = [(adapter.deltas[path], float(w)) for adapter, w in adapters if path in adapter.deltas]
         layer = (layers or {}).get(path)
         deltas[path] = _combined(path, parts, how, layer, sums)
-    said = ", ".join(f"{a.name or 'a LoRA'} {w:g}" for a, w in adapters) + f"; {method}"
-    metadata = {FROM: said} | _one_stack(adapters) | ({LOST: f"{sums.share:.6f}"} if how.by_svd else {})
+    facts = agreed([adapter.metadata for adapter, _ in adapters])
+    metadata = {**facts, FROM: how.recipe(adapters), **_one_stack(adapters)}
+    if how.by_svd:
+        metadata[LOST] = f"{sums.share:.6f}"
     return Adapter(deltas, metadata, family, name, embeddings=_words(adapters))
 
 
@@ -171,35 +184,45 @@ def resize(
     *,
     rank: int | None = None,
     energy: float | None = None,
+    clamp: float | None = None,
     layers: Mapping[str, nn.Module] | None = None,
 ) -> Adapter:
     """The best LoRA of this rank, or of the smallest rank per layer that keeps this share (0..1) of |ΔW|².
 
     What has factors never gets a higher rank than before. Norms and biases stay as they are. A DoRA, and what else
-    depends on the base, needs `layers`, as in `combine`.
+    depends on the base, needs `layers`, and `clamp` holds entries within a quantile of them, both as in `combine`.
     """
-    check_rank(rank, energy)
+    check_rank(rank, energy, clamp)
     sums = Lost()
     deltas: dict[str, Delta] = {}
-    for path, whole in adapter.deltas.items():
-        delta = whole.inner if isinstance(whole, WithBias) else whole
-        if delta is None or _is_of_norm(delta):
-            deltas[path] = whole
+    for path in steps(adapter.deltas, "layers"):
+        delta = of_weight(adapter.deltas[path])
+        if delta is None or is_of_norm(delta):
+            deltas[path] = adapter.deltas[path]
             continue
-        layer = (layers or {}).get(path)
-        down, up, values = _decomposed(path, [(delta, 1.0)], layer)
-        if energy is None:
-            assert rank is not None
-            kept = min(rank, len(values))
-        else:
-            kept = rank_of(values, energy)
-        sums.add(values.square().sum(), values[kept:].square().sum())
-        low = _low_rank(down[:kept], up[:, :kept], [(delta, 1.0)], layer)
-        deltas[path] = replace(whole, inner=low) if isinstance(whole, WithBias) else low
-    kept_facts = {
-        key: value for key, value in adapter.metadata.items() if key not in HASHES
-    }  # of other tensors
-    return replace(adapter, deltas=deltas, metadata={**kept_facts, LOST: f"{sums.share:.6f}"})
+        parts, layer = [(delta, 1.0)], (layers or {}).get(path)
+        down, up, whole, gone = nearest(path, parts, layer, rank=rank, energy=energy)
+        sums.add(whole, gone)
+        low = _low_rank(*_held(down, up, clamp, sums), parts, layer)
+        deltas[path] = with_weight(adapter.deltas[path], low)
+    facts = {k: v for k, v in adapter.metadata.items() if k not in HASHES}  # these are of other tensors
+    return replace(adapter, deltas=deltas, metadata={**facts, LOST: f"{sums.share:.6f}"})
+
+
+def to_plain(
+    adapter: Adapter,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    layers: Mapping[str, nn.Module] | None = None,
+) -> Adapter:
+    """Every change of a weight as a plain LoRA, for programs that know no other kind: what is none becomes the nearest
+    of that rank, as in `resize`, and what is one stays as it is. `LOST` is the share of the layers that were none."""
+    others = {
+        path: delta for path, delta in adapter.deltas.items() if not isinstance(of_weight(delta), LowRank)
+    }
+    made = resize(replace(adapter, deltas=others), rank=rank, energy=energy, layers=layers)
+    return replace(made, deltas={path: made.deltas.get(path, d) for path, d in adapter.deltas.items()})
 
 
 def _one_family(adapters: Sequence[tuple[Adapter, float]]) -> str | None:
@@ -223,10 +246,10 @@ def _combined(
     path: str, parts: Sequence[tuple[Delta, float]], how: Combination, layer: nn.Module | None, sums: Lost
 ) -> Delta:
     biases = [(delta.bias, w) for delta, w in parts if isinstance(delta, WithBias)]
-    inner = [(delta.inner if isinstance(delta, WithBias) else delta, w) for delta, w in parts]
+    inner = [(of_weight(delta), w) for delta, w in parts]
     changes = [(delta, w) for delta, w in inner if delta is not None]
     change: Delta | None = None
-    if changes and all(_is_of_norm(delta) for delta, _ in changes):
+    if changes and all(is_of_norm(delta) for delta, _ in changes):
         norms = [delta.tensors()["diff"] for delta, _ in changes]
         change = Full(
             _merged([t.float() for t in norms], torch.tensor([w for _, w in changes]), how).to(norms[0])
@@ -237,10 +260,6 @@ def _combined(
         assert change is not None
         return change
     return WithBias(change, torch.stack([w * b.float() for b, w in biases]).sum(0).to(biases[0][0]))
-
-
-def _is_of_norm(delta: Delta) -> bool:
-    return isinstance(delta, Full) and len(delta.shape()) == 1
 
 
 def _one_stack(adapters: Sequence[tuple[Adapter, float]]) -> dict[str, str]:
@@ -300,7 +319,7 @@ def _factors(path: str, delta: Delta, method: str) -> tuple[Tensor, Tensor, floa
     form = delta.low_rank_form()
     if form is None:
         raise ConfigError(
-            f"{path} is of the kind {_kind(delta)}, which has no factors that {method} could work on. Use an svd "
+            f"{path} is of the kind {kind_name(delta)}, which has no factors that {method} could work on. Use an svd "
             f"method{', with the layers of the base model' if delta.needs_original else ''}."
         )
     return algebra.flat(form[0]), algebra.flat(form[1]), 1.0
@@ -352,70 +371,31 @@ def _by_svd(
 ) -> LowRank:
     rank = how.rank or max(_rank(path, delta) for delta, _ in parts)
     if how.method == "svd" and how.clamp is None:
-        down, up, values = _decomposed(path, parts, layer)
+        down, up, whole, gone = nearest(path, parts, layer, rank=rank)
     else:
         weights = torch.tensor([weight for _, weight in parts])
-        dense = _merged([_dense(path, delta, layer) for delta, _ in parts], weights, how)
-        down, up, values = svd(dense)
-    rank = min(rank, len(values))
-    down, up = down[:rank], up[:, :rank]
-    sums.add(values.square().sum(), values[rank:].square().sum())
-    if how.clamp is not None:
-        whole = up @ down
-        down, up = clamped(down, up, how.clamp)
-        sums.add(0, (whole - up @ down).square().sum())
-    return _low_rank(down, up, parts, layer)
+        merged = _merged([dense(path, delta, layer) for delta, _ in parts], weights, how)
+        down, up = best_factors(merged, rank=rank)
+        whole, gone = merged.square().sum(), (merged - up @ down).square().sum()
+    sums.add(whole, gone)
+    return _low_rank(*_held(down, up, how.clamp, sums), parts, layer)
 
 
-def _decomposed(
-    path: str, parts: Sequence[tuple[Delta, float]], layer: nn.Module | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """down (R, in*k*k), up (out, R), singular values (R) of sum w ΔW, without forming it where all have factors."""
-    forms = [delta.low_rank_form() for delta, _ in parts]
-    if any(form is None for form in forms):
-        return svd(torch.stack([w * _dense(path, delta, layer) for delta, w in parts]).sum(0))
-    down = torch.cat([algebra.flat(form[0]) for form in forms if form is not None])
-    up = torch.cat(
-        [w * algebra.flat(form[1]) for form, (_, w) in zip(forms, parts, strict=True) if form is not None], 1
-    )
-    return algebra.svd_of_product(down, up)
-
-
-def _dense(path: str, delta: Delta, layer: nn.Module | None) -> Tensor:
-    """ΔW in fp32, flattened to (out, in*k*k)."""
-    form = delta.low_rank_form()
-    if form is not None:
-        return algebra.flat(form[1]) @ algebra.flat(form[0])
-    if not delta.needs_original:
-        return algebra.flat(delta.delta(torch.zeros(delta.shape())))  # made of its factors alone
-    if layer is None:
-        raise ConfigError(
-            f"{path} is of the kind {_kind(delta)}, whose change needs the base model's weight. Give the layers of the "
-            "model it was trained on."
-        )
-    out, inner = weight_shape(layer)
-    if not delta.fits((out, *inner)):
-        raise WrongFamily(
-            f"{path} changes a weight of {by(delta.shape())}, and the layer given has {by((out, *inner))}. Give the "
-            "layers of the model it was trained on."
-        )
-    return algebra.flat(delta.delta(original_weight(layer, path).cpu().float()))
+def _held(down: Tensor, up: Tensor, clamp: float | None, sums: Lost) -> tuple[Tensor, Tensor]:
+    if clamp is None:
+        return down, up
+    held = clamped(down, up, clamp)
+    sums.add(0, (up @ down - held[1] @ held[0]).square().sum())
+    return held
 
 
 def _rank(path: str, delta: Delta) -> int:
     inner = delta.inner if isinstance(delta, WithMagnitude) else delta
     if not isinstance(inner, Factored):
         raise ConfigError(
-            f"{path} is of the kind {_kind(inner)}, which has no rank of its own: give the result's rank."
+            f"{path} is of the kind {kind_name(inner)}, which has no rank of its own: give the result's rank."
         )
     return inner.rank
-
-
-def _kind(delta: Delta) -> str:
-    if isinstance(delta, WithMagnitude):
-        return "DoRA"
-    kind = kind_of_delta(delta)
-    return type(delta).__name__ if kind is None else kind.name
 
 
 def _low_rank(

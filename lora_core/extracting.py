@@ -26,13 +26,13 @@ from lora_core.deltas.bias import WithBias
 from lora_core.deltas.full import Full
 from lora_core.errors import ConfigError, LoraError, NothingMatched, WrongFamily
 from lora_core.families import by
-from lora_core.lower_rank import LOST, Lost, best_factors, check_rank, clamped, low_rank
+from lora_core.lower_rank import LEFT_OUT, LOST, Lost, best_factors, check_rank, clamped, low_rank
 from lora_core.model_weights import ModelWeights, weights_of
+from lora_core.progress import steps
 from lora_core.targets import find_targets
 
 FROM = "lora_loom.extracted"  # metadata: from what, and how
 LOST_BY_LAYER = "lora_loom.lost_by_layer"  # JSON: adapter path -> share
-LEFT_OUT = "lora_loom.left_out"  # JSON: names of parameters that differ and are not in the LoRA
 
 Targets = str | tuple[str, ...]
 
@@ -71,7 +71,7 @@ def extract(
     _check_alike(before, after)
     wanted = _wanted(before, targets, exclude)
     made = _Made()
-    for component, path, module in _modules(before):
+    for component, path, module in steps(list(_modules(before)), "layers"):
         changed = dict(_differences(before, after, component, path, module))
         whole = _path(component, path)
         chosen, storing = (component, path) in wanted, others == "store" and component in COMPONENTS

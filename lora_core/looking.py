@@ -91,7 +91,7 @@ class Look:
 
     def __str__(self) -> str:
         """A few lines for a terminal: no character of the file's reaches it that it would obey."""
-        head = f"{plain(self.path.name, 200)}  {self.size_bytes / 1e6:,.1f} MB"
+        head = f"{plain(self.path, 300)}  {self.size_bytes / 1e6:,.1f} MB"
         rows = {name: plain(text, 500) for name, text in self._rows().items() if text}
         width = max(map(len, rows), default=0)
         return "\n".join([head, *(f"  {name:{width}}  {text}" for name, text in rows.items())])
@@ -275,17 +275,17 @@ def _facts_rows(facts: Facts) -> dict[str, str]:
     return {
         "layers": f"{facts.layers}: {_counts(facts.components)}" if facts.layers else "",
         "blocks": _counts(facts.blocks) if facts.layers else "",
-        "kind": _most(facts.kinds),
-        "rank": _most(facts.ranks),
-        "alpha": _most(facts.alphas),
-        "numbers": _most(facts.dtypes),
+        "kind": few(facts.kinds),
+        "rank": few(facts.ranks),
+        "alpha": few(facts.alphas),
+        "numbers": few(facts.dtypes),
         "new words": ", ".join(f"{word} ({n} vectors)" if n > 1 else word for word, n in facts.words.items()),
         "not finite": ", ".join(facts.not_finite or ()),
     }
 
 
-def _most(counts: Mapping[Any, int]) -> str:
-    """One thing alone, or each with how many there are."""
+def few(counts: Mapping[Any, int]) -> str:
+    """Of a table of counts: one thing alone, or each with how many there are."""
     named = {f"{k:g}" if isinstance(k, float) else str(k): n for k, n in counts.items()}
     return next(iter(named)) if len(named) == 1 else _counts(named)
 

@@ -12,6 +12,7 @@ from lora_core.deltas.low_rank import LowRank
 from lora_core.errors import ConfigError
 
 LOST = "lora_loom.lost"  # metadata: |ΔW - what is left of it| / |ΔW|, over all layers
+LEFT_OUT = "lora_loom.left_out"  # metadata: JSON, names of what is not in the LoRA
 LARGE = 256  # smaller side from which a whole SVD takes longer than looking for its largest part alone
 OVERSAMPLED = 16  # directions looked at beyond the rank asked for (Halko et al., arXiv 0909.4061)
 SETTLED = 1e-4  # the search ends when a round adds less than this share to what the factors hold

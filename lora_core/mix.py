@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import math
+import re
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ __all__ = [
     "known_blocks",
     "muted",
     "solo",
+    "split_weight",
 ]
 
 _HALVES = ("both", "conditional")
@@ -169,6 +171,12 @@ def muted(mix: Mix, names: Iterable[str]) -> Mix:
 def solo(mix: Mix, names: Iterable[str]) -> Mix:
     """A new Mix in which only these LoRAs sound: `muted` for all the others, so no name at all is silence."""
     return muted(mix, set(mix) - _named(mix, names))
+
+
+def split_weight(text: str) -> tuple[str, float]:
+    """ "file.safetensors:0.8" -> file, weight. A colon without a number after it belongs to the path (C:\\...)."""
+    match = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+))", text)
+    return (match[1], float(match[2])) if match else (text, 1.0)
 
 
 def _named(mix: Mix, names: Iterable[str]) -> set[str]:

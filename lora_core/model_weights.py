@@ -98,10 +98,16 @@ def weights_of(source: Any, *, pristine: bool = False, settled: bool = False) ->
     )
 
 
-def layers_of(source: Any) -> Mapping[str, nn.Module]:
+def layers_of(source: Any, *adapters: Adapter) -> Mapping[str, nn.Module]:
     """Adapter path -> layer that holds W0, read from `source` (as in `weights_of`) when it is asked for: what
-    `combine`, `resize`, `overlap` and `strength_of` want for a DoRA, without opening the model."""
-    return weights_of(source, pristine=True).layers()
+    `combine`, `resize`, `overlap` and `strength_of` want for a DoRA, without opening the model.
+
+    `adapters` must be made for it: WrongFamily, or NotLoaded where it has none of a LoRA's layers.
+    """
+    weights = weights_of(source, pristine=True)
+    for adapter in adapters:
+        _found(adapter, weights)
+    return weights.layers()
 
 
 def strength_of(adapter: Adapter, base: Any, weight: float = 1.0) -> dict[str, float]:
@@ -110,13 +116,18 @@ def strength_of(adapter: Adapter, base: Any, weight: float = 1.0) -> dict[str, f
     Raises WrongFamily, and NotLoaded where the model has none of the LoRA's layers.
     """
     weights = weights_of(base, pristine=True)
+    found = _found(adapter, weights)
+    return burn.strength(weights.layers(), {path: [(weight, adapter.deltas[path])] for path in found})
+
+
+def _found(adapter: Adapter, weights: ModelWeights) -> dict[str, nn.Module]:
     found = check_belongs(adapter, weights.models, weights.family)
     if not found:
         raise NotLoaded(
             f'None of the {len(adapter.deltas)} layers of "{adapter.name}" exist in {weights.name}. Give the model it '
             "is for."
         )
-    return burn.strength(weights.layers(), {path: [(weight, adapter.deltas[path])] for path in found})
+    return found
 
 
 def _models(pipeline: Any) -> dict[str, nn.Module]:

@@ -17,7 +17,6 @@ sheet_seeds = [1, 2, 3]        # the rows of "seeds"; left out, three that begin
 
 from __future__ import annotations
 
-import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -29,7 +28,7 @@ from PIL import Image
 from lora_core.contact_sheet import Cell, cells_of_loras, cells_of_seeds, checked, rendered, sheet
 from lora_core.errors import ConfigError, LoraError, did_you_mean
 from lora_core.generation import GenerationRequest, free_name, save_png, settled
-from lora_core.mix import AdapterWeight, WeightValue
+from lora_core.mix import AdapterWeight, WeightValue, split_weight
 from lora_core.pipeline import LivePipeline
 from lora_core.prompt_tags import split_tags
 from lora_core.safe_files import write_atomic
@@ -141,12 +140,6 @@ class Recipe:
         if self.sheet_seeds:
             raise ConfigError('sheet_seeds are the rows of sheet = "seeds"; with "loras", give the one seed.')
         return cells_of_loras(list(names), weights, seed)
-
-
-def split_weight(text: str) -> tuple[str, float]:
-    """ "file.safetensors:0.8" -> file, weight. A colon without a number after it belongs to the path (C:\\...)."""
-    match = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+))", text)
-    return (match[1], float(match[2])) if match else (text, 1.0)
 
 
 def make(recipe: Recipe) -> Iterator[str]:

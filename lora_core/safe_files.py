@@ -20,6 +20,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from lora_core.errors import FileRefused, SaveFailed
+from lora_core.progress import steps
 from lora_core.safe_header import DTYPES, Header, TensorInfo, opened, read_bytes, read_header, read_into
 from lora_core.safe_writes import sweep_partials, write_atomic
 
@@ -186,7 +187,7 @@ def stream_tensors(
         digests = {}
         with partial.open("wb") as file:
             file.write(text)
-            for name in order:
+            for name in steps(order, "tensors"):
                 tensor = produce(name).detach().to("cpu")
                 assert (tensor.dtype, tuple(tensor.shape)) == outlines[name], name
                 data = _bytes(tensor).numpy().data

@@ -111,9 +111,7 @@ def write_adapter(
             f"This LoRA has new words ({', '.join(adapter.embeddings)}), for which the {spelling} spelling has no "
             "place. Write it in the kohya spelling."
         )
-    path = Path(path)
-    if spelling != "peft" and path.suffix != ".safetensors":
-        path = path.with_name(f"{path.name}.safetensors")
+    path = written_at(path, spelling)
     embeddings = {
         word: {component: rows.to(dtype=dtype) for component, rows in parts.items()}
         for word, parts in adapter.embeddings.items()
@@ -123,6 +121,14 @@ def write_adapter(
     family = family_of_adapter(adapter).key
     named = replace(adapter, family=family, name=adapter.name or path.stem)
     return spellings[spelling].write(named, path, kohya_metadata(named, family=family, facts=metadata or {}))
+
+
+def written_at(path: Path | str, spelling: str) -> Path:
+    """Where `write_adapter` writes: a folder for peft, else a file that ends in .safetensors."""
+    path = Path(path)
+    if spelling == "peft" or path.suffix == ".safetensors":
+        return path
+    return path.with_name(f"{path.name}.safetensors")
 
 
 def _read(header: Header, load: Load) -> Reading:

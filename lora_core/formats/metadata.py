@@ -15,7 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -31,6 +32,7 @@ HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 OF_THE_FILE = (*HASHES, "format", "lora_adapter_metadata")
 FAMILY_KEYS = ("ss_base_model_version", "modelspec.architecture")
 MODELSPEC = "1.0.1"
+_MODEL = (*FAMILY_KEYS, "ss_v2", "modelspec.prediction_type")
 
 # How a path begins: of a disk, of a share, of somebody's home, or out of the folder one is in
 _BEGINS = (
@@ -75,6 +77,20 @@ def check_text(facts: Mapping[str, str]) -> None:
     for key, value in facts.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise ConfigError(f"metadata {key!r} = {value!r:.60} is not text to text. Write it as text.")
+
+
+def parent(adapter: Adapter, weight: object) -> dict[str, Any]:
+    """How a file that was made of others names one of them: its name, weight and, where it is known, its hash."""
+    hashes = {key: adapter.metadata[key] for key in HASHES[:1] if key in adapter.metadata}
+    return {"name": adapter.name or "lora", "weight": weight, **hashes}
+
+
+def agreed(metadata: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """What all of these files say alike of the model they are for; v-prediction shows nowhere else."""
+    first = metadata[0] if metadata else {}
+    return {
+        key: first[key] for key in _MODEL if key in first and all(m.get(key) == first[key] for m in metadata)
+    }
 
 
 def with_hashes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, str]:

@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from lora_core.adapter import COMPONENTS, Adapter
+from lora_core.deltas.low_rank import LowRank
 from lora_core.errors import FileRefused, SaveFailed
 from lora_core.formats.assembly import Load, Part, Reading, assemble, low_ranks
 from lora_core.formats.diffusers import for_peft
@@ -27,7 +28,9 @@ from lora_core.formats.endings import role_of
 from lora_core.formats.keys import adapter_path, is_embedding
 from lora_core.formats.peft_config import Alphas, config_of, in_config, parse
 from lora_core.safe_files import Header, read_tensors, save_tensors, write_atomic
+from lora_core.safe_writes import write_folder_atomic
 
+Layers = dict[str, tuple[LowRank, Tensor | None]]  # low_ranks' answer
 PREFIX = "base_model.model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 MAX_CONFIG = 4 * 2**20  # bytes
@@ -62,9 +65,17 @@ class Peft:
         )
 
     def write(self, adapter: Adapter, path: Path, metadata: dict[str, str]) -> Path:
-        """`path` becomes a folder with one folder per component. Files of components that an earlier LoRA had
-        there are removed: read together they would be another LoRA."""
+        """`path` becomes a folder with one folder per component, whole or not there. Into one that exists they are
+        written one by one, and files of components that an earlier LoRA had there are removed: read together they
+        would be another LoRA."""
         layers = low_ranks(adapter, self.name)
+        if path.exists():
+            self._write(adapter, layers, path, metadata)
+        else:
+            write_folder_atomic(path, lambda folder: self._write(adapter, layers, folder, metadata))
+        return path
+
+    def _write(self, adapter: Adapter, layers: Layers, path: Path, metadata: dict[str, str]) -> None:
         # transformers 5 names the first encoder's modules without text_model, the second's with it
         as_model = {"unet": "", "text_encoder": "text_model.", "text_encoder_2": ""}
         parts: dict[
@@ -94,7 +105,6 @@ class Peft:
         for component in set(COMPONENTS) - set(adapter.components()):
             for stale in (path / component / WEIGHTS, path / component / CONFIG):
                 stale.unlink(missing_ok=True)
-        return path
 
 
 def weight_files(folder: Path) -> list[Path]:

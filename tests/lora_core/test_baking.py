@@ -158,9 +158,19 @@ def test_by_paths_alone_in_half_precision_with_one_rounding(single: Path, tmp_pa
     ink = random_adapter(live, 1, name="ink")
     lora = write_adapter(ink, tmp_path / "ink.safetensors")
     said = bake(single, [(lora, 0.8)], tmp_path / "folder", dtype=torch.float16)
-    assert str(said) == f"folder: {len(ink.deltas)} layers changed, all tensors read back and compared"
     live.load(ink, "ink", 0.8)
+    whole = gone = 0.0
+    before = {c: {n: p.clone() for n, p in model.named_parameters()} for c, model in live.models.items()}
     live.fuse()
+    for component, model in live.models.items():
+        for name, p in model.named_parameters():
+            whole += float((p - before[component][name]).square().sum())
+            gone += float((p - p.half()).square().sum()) * (not torch.equal(p, before[component][name]))
+    assert said.rounded == pytest.approx((gone / whole) ** 0.5, rel=1e-3)
+    assert str(said) == (
+        f"folder: {len(ink.deltas)} layers changed, {said.rounded:.2g} of the change lost in rounding, all tensors "
+        "read back and compared"
+    )
     for component, file in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
         tensors = load_file(tmp_path / "folder" / component / f"{file}.safetensors")
         for name, p in live.models[component].named_parameters():

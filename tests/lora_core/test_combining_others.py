@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.adapter import Adapter
-from lora_core.combining import LOST, combine, resize
+from lora_core.changes import apart
+from lora_core.combining import LOST, combine, resize, to_plain
 from lora_core.deltas import Delta
 from lora_core.deltas.bias import WithBias
 from lora_core.deltas.full import Full
@@ -141,3 +142,42 @@ def test_resizing_leaves_norms_and_biases() -> None:
     assert isinstance(changed.inner, LowRank)
     assert changed.inner.rank == 2
     assert torch.equal(changed.bias, bias)
+
+
+def test_made_plain_with_its_bias_and_what_is_plain_as_it_is() -> None:
+    adapter = adapter_of("turning")
+    conv, low = list(PATHS)[1], adapter_of("low rank", 1).deltas
+    kept, norm, bias = low[conv], Full(torch.randn(16)), torch.randn(16)
+    first = next(iter(PATHS))
+    mixed = Adapter({first: WithBias(adapter.deltas[first], bias), conv: kept, NORM: norm})
+    made = to_plain(mixed, rank=16, layers=PATHS)  # type: ignore[arg-type]
+    turned = made.deltas[first]
+    assert isinstance(turned, WithBias)
+    assert isinstance(turned.inner, LowRank)
+    weight = PATHS[first].weight
+    torch.testing.assert_close(turned.delta(weight), mixed.deltas[first].delta(weight), atol=1e-5, rtol=1e-4)
+    assert torch.equal(turned.bias, bias)
+    assert made.deltas[conv] is kept
+    assert made.deltas[NORM] is norm
+    assert list(made.deltas) == list(mixed.deltas)
+
+
+@pytest.mark.parametrize("kind", [*OTHERS, "low rank"])
+def test_how_far_apart_is_what_dense_arithmetic_says(kind: str) -> None:
+    before, after = [(adapter_of(kind), 0.7), (adapter_of("low rank", 1), -0.4)], adapter_of("low rank", 2)
+    del after.deltas[next(iter(PATHS))]  # what one side lacks counts whole
+    norm = Full(torch.ones(16))
+    before[0][0].deltas[NORM] = WithBias(norm, torch.ones(16))
+    gone, whole = float((0.7 * norm.change).square().sum()), float((0.7 * norm.change).square().sum())
+    for path, layer in PATHS.items():
+        total = dense(before, path)
+        theirs = after.deltas[path].delta(layer.weight.detach()) if path in after.deltas else torch.zeros(())
+        gone, whole = gone + float((total - theirs).square().sum()), whole + float(total.square().sum())
+    layers: dict[str, Any] = PATHS
+    found = apart(before, after, layers)
+    assert found.share == pytest.approx((gone / whole) ** 0.5, rel=1e-5)
+    assert found.left_out == ()
+    blind = apart(before, after)
+    assert blind.left_out == (tuple(PATHS) if kind in NEEDS_BASE else ())
+    assert apart([(before[0][0], 1.0)], before[0][0]).share == 0
+    assert apart([(before[0][0], 1.0)], before[0][0]).left_out == ()

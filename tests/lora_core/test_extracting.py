@@ -17,8 +17,8 @@ from lora_core.deltas.bias import WithBias
 from lora_core.deltas.full import Full
 from lora_core.deltas.low_rank import LowRank
 from lora_core.errors import ConfigError, LoraError, NothingMatched, WrongFamily
-from lora_core.extracting import FROM, LEFT_OUT, LOST_BY_LAYER
-from lora_core.lower_rank import LOST
+from lora_core.extracting import FROM, LOST_BY_LAYER
+from lora_core.lower_rank import LEFT_OUT, LOST
 from tests.lora_core.test_pipeline import bits, random_adapter, same_bits
 from tests.small_models import save_folder, save_ldm_single_file, small_pipeline
 
