@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lora_core.models import clip_tokenizer
+from lora_core.base_parts import clip_tokenizer
 from tests.small_models import small_pipeline
 
 SIZES = ("tiny", "sd15", "sdxl")

@@ -13,68 +13,27 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
-import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    SchedulerMixin,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
-from huggingface_hub import snapshot_download
-from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from torch import Tensor
 
 from lora_core.adapter import COMPONENTS
-from lora_core.base_files import (
-    Stored,
-    check_counts,
-    class_in,
-    fill,
-    folder_keys,
-    locate,
-    model_index,
-    read_json,
-    weight_files,
-)
-from lora_core.clip_vocabulary import SIZE, clip_merges, clip_vocabulary
+from lora_core.base_files import Stored, fill
+from lora_core.base_parts import in_file, in_folder
+from lora_core.base_sources import find_source
 from lora_core.errors import FileRefused, LoraError
-from lora_core.families import FAMILIES, Family, family_of_unet
-from lora_core.prediction import NAMES, check, measured, told_beside
+from lora_core.families import Family
+from lora_core.prediction import NAMES, check, measured
 from lora_core.quantised import Quantised, quantise, refuse_unknown
-from lora_core.safe_files import read_header
-from lora_core.single_file import PADS, TOKENIZERS, describe
 
-DEMO = Path(__file__).resolve().parent.parent / "presets" / "demo" / "base"
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILES = ["model_index.json", "scheduler/*.json", "tokenizer*/*", "*/config.json"]
 # SD 2's base models drew at 512 pixels, its v models at 768: sides of a latent.
 _SD2_SIDES = {"epsilon": 64, "v_prediction": 96}
-Build = Callable[[dict[str, Any]], nn.Module]
-_BUILDERS: dict[str, Build] = {
-    "UNet2DConditionModel": UNet2DConditionModel.from_config,
-    "AutoencoderKL": AutoencoderKL.from_config,
-    "CLIPTextModel": lambda config: CLIPTextModel(CLIPTextConfig.from_dict(config)),
-    "CLIPTextModelWithProjection": lambda config: CLIPTextModelWithProjection(
-        CLIPTextConfig.from_dict(config)
-    ),
-}
-_EXPECTED = {
-    "unet": "UNet2DConditionModel",
-    "vae": "AutoencoderKL",
-    "text_encoder": "CLIPTextModel",
-    "text_encoder_2": "CLIPTextModelWithProjection",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,13 +113,15 @@ class FoundBase:
 def find_base(source: str | Path, *, prediction: str | None = None) -> FoundBase:
     """`open_base` without its last step, for those who want a few tensors or none. Raises FileRefused, ConfigError."""
     check(prediction)
-    name, path = _find(source)
-    found = _folder(path, name) if path.is_dir() else _single(path, name)
+    name, path = find_source(source)
+    made = in_folder(path) if path.is_dir() else in_file(path)
+    found = FoundBase(made.family, name, path, made.by_name, made.stored, made.unused, made.told)
     if (found.family.key == "sdxl") != ("text_encoder_2" in found.parts):
         raise FileRefused(
             f"{name} has the UNet of {found.family.title} but not its text encoders: its parts belong to different "
             "models. Download it again."
         )
+    prediction = prediction or made.prediction
     return _predicting(found, prediction) if prediction else found
 
 
@@ -233,13 +194,6 @@ def _measure(found: FoundBase) -> tuple[FoundBase, str]:
     )
 
 
-def clip_tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
-    """CLIP's tokenizer, from the vocabulary that is shipped; 77 tokens at most, filled up with `pad`."""
-    return CLIPTokenizer(
-        vocab=clip_vocabulary(), merges=list(clip_merges()), model_max_length=77, pad_token=pad
-    )
-
-
 def _assemble(parts: dict[str, Any]) -> Any:
     if "text_encoder_2" in parts:
         return StableDiffusionXLPipeline(**parts, add_watermarker=False)
@@ -252,160 +206,3 @@ def _best_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def _find(source: str | Path) -> tuple[str, Path]:
-    """-> display name and a path that exists; downloads where the source is a hub id."""
-    if source == "demo":
-        if not DEMO.is_dir():
-            raise FileRefused(
-                "The demo base is not in this installation (presets/demo/base is missing). Make it with "
-                "`python -m trainers.demo_base`, or open another model."
-            )
-        return "demo", DEMO
-    path = Path(source).expanduser()
-    if path.suffix.lower() in PICKLES and not path.is_dir():
-        raise FileRefused(
-            f"{path.name} is a pickle file ({path.suffix}), which can run code when opened; only "
-            ".safetensors is read. Get its .safetensors version, or convert it with a tool you trust, "
-            "such as the merger of A1111's web UI."
-        )
-    if path.is_dir():
-        return path.resolve().name, path
-    if path.exists():
-        return path.stem, path
-    if isinstance(source, str) and _HUB_ID.fullmatch(source) and path.suffix != ".safetensors":
-        return source.split("/")[1], _download(source)
-    raise FileRefused(
-        f'"{source}" does not exist; a folder, a .safetensors file or owner/name of the hub was expected.'
-    )
-
-
-def _download(hub_id: str) -> Path:
-    """-> the snapshot's folder: configurations and safetensors alone, fp16 ones where there are no others."""
-    wanted = [*_HUB_FILES, *(f"{component}/*.safetensors*" for component in _EXPECTED)]
-    try:
-        for unwanted in (["*.fp16.*", "*.non_ema.*"], ["*.non_ema.*"]):
-            folder = Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=unwanted))
-            if list(folder.glob("unet/*.safetensors")):
-                break
-    except (OSError, ValueError, RuntimeError) as problem:  # the hub's errors are of these kinds
-        reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
-        raise FileRefused(
-            f'"{hub_id}" is no folder here, and could not be fetched from the Hugging Face hub ({reason}). '
-            "Check the name and the connection, or give the path of a model on this computer."
-        ) from problem
-    return folder
-
-
-# --- folders ---
-
-
-def _folder(folder: Path, name: str) -> FoundBase:
-    index = model_index(folder)
-    xl = index["_class_name"] == "StableDiffusionXLPipeline"
-    components = [c for c in _EXPECTED if xl or c != "text_encoder_2"]
-    parts: dict[str, Any] = {}
-    stored, unused = [], []
-    for component in components:
-        found = class_in(index, component)
-        if found != _EXPECTED[component]:
-            raise FileRefused(
-                f"{folder.name} has {found or 'nothing'} as its {component}; {_EXPECTED[component]} was "
-                "expected. Open an SD 1.x, SD 2.x or SDXL model."
-            )
-        headers = weight_files(folder / component)
-        model = _build(found, read_json(folder / component / "config.json"), f"{folder.name}/{component}")
-        names = [name for name, _ in model.named_parameters()]
-        part = locate(component, model, folder_keys(names, headers), headers)
-        _refuse_other_unet(folder.name, part)
-        parts[component] = model
-        stored.append(part)
-        unused += [f"{component}: {key}" for key in part.unused]
-    parts["scheduler"] = _scheduler(folder, class_in(index, "scheduler"))
-    for tokenizer in ["tokenizer", "tokenizer_2"] if xl else ["tokenizer"]:
-        parts[tokenizer] = _tokenizer(folder / tokenizer)
-    if xl:
-        parts["force_zeros_for_empty_prompt"] = bool(index.get("force_zeros_for_empty_prompt", True))
-    return FoundBase(family_of_unet(parts["unet"]), name, folder, parts, tuple(stored), tuple(unused))
-
-
-def _scheduler(folder: Path, name: str) -> Any:
-    scheduler: Any = getattr(diffusers, name, None) if name.isidentifier() else None
-    known = inspect.isclass(scheduler) and issubclass(scheduler, SchedulerMixin)
-    if not known:
-        raise FileRefused(f'{folder.name} asks for the scheduler "{name}", which diffusers does not have.')
-    config = read_json(folder / "scheduler" / "scheduler_config.json")
-    steps = config.get("num_train_timesteps", 1000)
-    if not (isinstance(steps, int) and 1 <= steps <= 10_000):
-        raise FileRefused(
-            f"{folder.name}/scheduler: num_train_timesteps must be 1 to 10,000 (1,000 is usual)."
-        )
-    try:
-        return scheduler.from_config(config)
-    except (ValueError, TypeError, NotImplementedError) as problem:
-        raise FileRefused(
-            f"{folder.name}/scheduler cannot be used ({problem}). Download the model again."
-        ) from problem
-
-
-def _tokenizer(folder: Path) -> CLIPTokenizer:
-    try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as problem:
-        raise FileRefused(
-            f"{folder.parent.name}/{folder.name} holds no CLIP tokenizer that can be read. Download the "
-            "model again."
-        ) from problem
-
-
-# --- single files ---
-
-
-def _single(path: Path, name: str) -> FoundBase:
-    header = read_header(path)
-    file = describe(header)
-    parts: dict[str, Any] = {}
-    stored = []
-    for component, config in file.configs.items():
-        model = _build(_EXPECTED[component], config, path.name)
-        keys = file.keys(component, [name for name, _ in model.named_parameters()])
-        stored.append(locate(component, model, keys, [header]))
-        parts[component] = model
-    unused = file.leftovers({key.name for part in stored for _, key in part.places.values()})
-    _refuse_other_unet(
-        path.name, Stored("unet", {}, {}, tuple(k for k in unused if k.startswith("model.diffusion_model.")))
-    )
-    for component in set(file.configs) - {"unet", "vae"}:
-        if (words := file.configs[component]["vocab_size"]) > SIZE:
-            unused += (f"words {SIZE} to {words - 1} of {component}",)
-    settings = dict(file.scheduler)
-    parts["scheduler"] = getattr(diffusers, settings.pop("class")).from_config(settings)
-    parts |= {which: clip_tokenizer(pad) for which, pad in zip(TOKENIZERS, PADS[file.family], strict=False)}
-    told = told_beside(path) or file.told
-    found = FoundBase(FAMILIES[file.family], name, path, parts, tuple(stored), unused, told is not None)
-    return _predicting(found, told) if told else found
-
-
-def _build(kind: str, config: dict[str, Any], where: str) -> nn.Module:
-    """The module on the meta device: no memory, no time spent on random weights."""
-    check_counts(config, where)
-    try:
-        with torch.device("meta"):
-            return _BUILDERS[kind](config)
-    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError) as problem:
-        # libraries' constructors refuse a bad configuration in all these ways
-        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
-        raise FileRefused(
-            f"{where} describes no {kind} that can be built ({reason}). Download the model again, or open "
-            "another."
-        ) from problem
-
-
-def _refuse_other_unet(name: str, part: Stored) -> None:
-    """A UNet with parts that have no place in ours would draw something else than its makers meant."""
-    if part.component == "unet" and part.unused:
-        raise FileRefused(
-            f"{name} has {len(part.unused)} tensors in its UNet that a plain Stable Diffusion UNet does "
-            f"not have ({part.unused[0]}): it is a special model. Open a text-to-image model."
-        )

@@ -131,7 +131,7 @@ def _template(family: str, seed: int, text_layers: int, clip_vocabulary: bool) -
 def _tokenizer(clip_vocabulary: bool, pad: str) -> CLIPTokenizer:
     """OpenCLIP fills short prompts with token 0, which is "!" in CLIP's own vocabulary."""
     if clip_vocabulary:
-        from lora_core.models import clip_tokenizer  # noqa: PLC0415 - this module must load without it
+        from lora_core.base_parts import clip_tokenizer  # noqa: PLC0415 - this module must load without it
 
         return clip_tokenizer(pad)
     return new_tokenizer(77)

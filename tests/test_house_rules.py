@@ -18,6 +18,7 @@ DIFFUSERS = {  # the rooms that meet a model; everything else works on tensors a
     "lora_core": {
         "families",
         "models",
+        "base_parts",
         "generation",
         "pipeline",
         "single_file",
@@ -47,7 +48,6 @@ LONG: dict[str, str] = {  # beyond 300 lines, with the reason
     "trainers/config.py": "every setting of a preset with its docstring: one list, read as one",
     "lora_core/combining.py": "the ways to make LoRAs one and their refusals, side by side",
     "lora_core/live_mix.py": "every change of the mix takes one lock and says when it acts: read side by side",
-    "lora_core/models.py": "the ways to open a base model and their refusals, side by side",
 }
 
 

@@ -17,7 +17,8 @@ from typing import Any
 
 from PIL import Image
 
-from lora_core.models import clip_tokenizer, find_base
+from lora_core.base_parts import clip_tokenizer
+from lora_core.models import find_base
 from lora_core.safe_writes import write_atomic
 from trainers.batches import Feeder, turns
 from trainers.buckets import View, apply

@@ -15,7 +15,7 @@ from app.jobs import Job
 from app.session import Session
 from app.status import status_html
 from lora_core import LivePipeline, write_adapter
-from lora_core.models import DEMO
+from lora_core.base_sources import DEMO
 from lora_core.parameters import parse_parameters
 from tests.lora_core.test_pipeline import random_adapter
 from tests.small_models import small_pipeline

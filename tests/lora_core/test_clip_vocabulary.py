@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
+from lora_core.base_parts import clip_tokenizer
 from lora_core.clip_vocabulary import SIZE, byte_letters, clip_merges, clip_vocabulary
-from lora_core.models import clip_tokenizer
 
 # Written down from OpenCLIP's own tokenizer: open_clip_torch 3.3, SimpleTokenizer.encode.
 KNOWN: dict[str, list[int]] = {

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lora_core.adapter import Adapter
+from lora_core.base_sources import DEMO
 from lora_core.deltas.bias import WithBias
 from lora_core.deltas.full import Full
 from lora_core.deltas.low_rank import LowRank
@@ -21,7 +22,6 @@ from lora_core.facts import Facts
 from lora_core.formats import read_adapter, write_adapter
 from lora_core.formats.said import commonest_tags, facts_said, trigger_words
 from lora_core.looking import duplicates, look
-from lora_core.models import DEMO
 from lora_core.safe_files import save_tensors
 from tests.lora_core.adapters_on_disk import PAIR, Q, adapter, saved
 

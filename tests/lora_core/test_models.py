@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
-from lora_core import models
+from lora_core import base_sources
 from lora_core.errors import FileRefused
 from lora_core.models import open_base
 from tests.lora_core.opening import assert_proved, assert_same_weights, parts_of, picture
@@ -97,12 +97,12 @@ def test_the_safety_checker_is_never_loaded(tmp_path: Path) -> None:
 
 
 def test_demo_is_the_folder_beside_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert models.DEMO.parts[-3:] == ("presets", "demo", "base")
-    monkeypatch.setattr(models, "DEMO", save_folder(small_pipeline("sd1"), tmp_path / "base"))
+    assert base_sources.DEMO.parts[-3:] == ("presets", "demo", "base")
+    monkeypatch.setattr(base_sources, "DEMO", save_folder(small_pipeline("sd1"), tmp_path / "base"))
     assert (open_base("demo", device="cpu").name, open_base("demo", device="cpu").family.key) == (
         "demo",
         "sd1",
     )
-    monkeypatch.setattr(models, "DEMO", tmp_path / "nothing")
+    monkeypatch.setattr(base_sources, "DEMO", tmp_path / "nothing")
     with pytest.raises(FileRefused, match="demo base is not in this installation"):
         open_base("demo")
