@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class Batch:
     time_ids: Tensor  # (N, 6) SDXL's
     captions: list[str]
     names: list[str]  # of the picture files, for messages
+    from_base: list[bool]  # whether its target is what the base model says, for the last ones of a batch
 
     def __len__(self) -> int:
         return len(self.z)
@@ -39,7 +40,24 @@ class Batch:
         """At most so many parts, whose losses add up to the whole one's."""
         size = -(-len(self) // count)
         for a in range(0, len(self), size):
-            yield Batch(**{name: value[a : a + size] for name, value in vars(self).items()})
+            yield self.part(slice(a, a + size))
+
+    def part(self, rows: slice | list[int]) -> Batch:
+        numbers = range(len(self))[rows] if isinstance(rows, slice) else rows
+        chosen: dict[str, Any] = {
+            name: value[rows] if isinstance(value, Tensor) else [value[i] for i in numbers]
+            for name, value in vars(self).items()
+        }
+        return Batch(**chosen)
+
+    def with_rows(self, other: Batch) -> Batch:
+        both: dict[str, Any] = {
+            name: torch.cat([value, vars(other)[name]])
+            if isinstance(value, Tensor)
+            else value + vars(other)[name]
+            for name, value in vars(self).items()
+        }
+        return Batch(**both)
 
     def to(self, device: torch.device) -> Batch:
         """On a GPU without waiting for the copy: it is pinned, and in order with what is computed from it."""
@@ -117,7 +135,7 @@ class Feeder:
     def _batch(
         self, rows: Sequence[Row], instances: int, generator: torch.Generator, timesteps: int
     ) -> Batch:
-        encoded = self._encoded(rows)
+        encoded = self.encoded(rows)
         mean, std = torch.stack([e.mean for e in encoded]), torch.stack([e.std for e in encoded])
         z = draw_latents(self.vae, mean, std, generator)
         eps = draw_noise(z.shape, generator, **self.noise)
@@ -128,9 +146,30 @@ class Feeder:
         # fp32 whatever the text is in: bf16 would round 1023 pixels to 1024. The UNet casts after its sinusoids.
         time_ids = torch.tensor([view.time_ids(example.original_size) for example, view, _ in rows]).float()
         captions, names = [words for _, _, words in rows], [example.path.name for example, _, _ in rows]
-        return Batch(z, eps, t, share, weigh(encoded, self.mask_floor), time_ids, captions, names)
+        mask, from_base = weigh(encoded, self.mask_floor), [False] * len(rows)
+        batch = Batch(z, eps, t, share, mask, time_ids, captions, names, from_base)
+        return self._with_class_of_model(batch, [example for example, _, _ in rows])
 
-    def _encoded(self, rows: Sequence[Row]) -> list[Encoded]:
+    def _with_class_of_model(self, batch: Batch, examples: Sequence[Example]) -> Batch:
+        """The same latents at the same noise once more, with the class's prompt, where no pictures of it are had."""
+        again = [i for i, e in enumerate(examples) if e.source.settings.class_from == "model"]
+        if not again:
+            return batch
+        prompts = [examples[i].source.settings.class_prompt or "" for i in again]
+        weights = torch.tensor([examples[i].source.settings.weight for i in again])
+        rows = batch.part(again)
+        return batch.with_rows(
+            replace(
+                rows,
+                captions=prompts,
+                share=weights * self.prior_weight / len(again),
+                mask=torch.ones_like(rows.mask),
+                from_base=[True] * len(again),
+            )
+        )
+
+    def encoded(self, rows: Sequence[Row]) -> list[Encoded]:
+        """What the VAE says of each."""
         if self.cache is not None:
             return [self.cache.encoded(example, view) for example, view, _ in rows]
         with encoding(self.vae) as vae:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,9 +23,10 @@ from trainers.batches import Feeder
 from trainers.caches import LatentCache
 from trainers.config import TrainConfig
 from trainers.control import StopRequest
-from trainers.dataset import Dataset
+from trainers.dataset import Dataset, Example
 from trainers.diffusion import NoiseSchedule
 from trainers.finish import try_spelling
+from trainers.held_out import Probe, drift_prompts, look_for
 from trainers.kept_tensors import FillReport
 from trainers.run_folder import RunFolder
 from trainers.scan import scan
@@ -56,6 +57,11 @@ class Bench:
     emit: events.Emit
     checkpointed: bool  # gradients', of activations
     average: Average | None
+    base_words: Words  # of the base model: called with the LoRA off
+    prompts: list[str] | None  # all there can be; None: there is no end of them
+    held_out: tuple[Example, ...]
+    probe: Probe | None = None  # made when all else is ready
+    measured: events.Measured | None = None  # the last time
     pieces: int = 1  # of each batch, one after the other: more where memory is short
 
     def averaged(self, wanted: bool) -> AbstractContextManager[None]:
@@ -90,7 +96,8 @@ def prepare(
     pipeline = opened.pipeline
     live = LivePipeline(pipeline, opened=opened)
     schedule = NoiseSchedule.from_scheduler(pipeline.scheduler).to(accelerator.device)
-    dataset = narrowed(find_pictures(config, live, stop, emit))
+    dataset, held_out = look_for(config, find_pictures(config, live, stop, emit))
+    dataset = narrowed(dataset)
     if config.train.channels_last:
         pipeline.unet.to(memory_format=torch.channels_last)
     check_words_are_used(config, dataset)
@@ -101,10 +108,19 @@ def prepare(
     cache = None
     if config.train.cache_latents:
         cache = LatentCache(folder.cache, pipeline.vae)
-        filled = cache.fill(dataset, lambda done, total: stop.check())
+        pictures = replace(dataset, instances=(*dataset.instances, *held_out))
+        filled = cache.fill(pictures, lambda done, total: stop.check())
         say_filled("Latents", filled, emit)
         pipeline.vae.to("cpu")
-    words = find_words(config, folder, live, form, dataset, stop, emit)
+    known, complete = prompts(dataset.examples)
+    known = sorted({*known, *(d.class_prompt or "" for d in config.datasets if d.class_from == "model")})
+    kept = folder.cache if config.train.cache_text else None
+    words = Words(live.pipeline, accelerator.device, form=form, folder=kept)
+    for cut in words.cut(known):
+        emit(events.Note(text=str(cut)))
+    base_words = Words(live.pipeline, accelerator.device, folder=folder.cache)
+    for component in words.components if drift_prompts(config) else ():
+        base_words.freeze(component)
     rates = {c: config.train.rate_of(c) for c in trained_components(config, live)} | config.train.rates
     groups = form.parameter_groups(rates, ratio=config.train.lora_plus_ratio)
     if form.words is not None:
@@ -121,7 +137,7 @@ def prepare(
         mask_floor=config.data.mask_floor,
     )
     generator = torch.Generator("cpu").manual_seed(config.seed)
-    return Bench(
+    bench = Bench(
         config,
         folder,
         opened,
@@ -137,7 +153,14 @@ def prepare(
         emit,
         config.train.gradient_checkpointing,
         Average(form, config.train.ema_decay) if config.train.ema_decay else None,
+        base_words,
+        known if complete else None,
+        held_out,
     )
+    for component in words.components:
+        if component not in trained_components(config, live) and not config.lora.new_tokens:
+            keep_words(bench, component, stop.check)
+    return bench
 
 
 def precision(config: TrainConfig) -> str:
@@ -175,26 +198,10 @@ def find_pictures(config: TrainConfig, live: LivePipeline, stop: StopRequest, em
     return scan(config.data, resolution, datasets=datasets, report=say)
 
 
-def find_words(
-    config: TrainConfig,
-    folder: RunFolder,
-    live: LivePipeline,
-    form: LoraForm,
-    dataset: Dataset,
-    stop: StopRequest,
-    emit: events.Emit,
-) -> Words:
-    """The prompts' encoders: frozen where nothing about them trains. What is too long for them is said."""
-    kept = folder.cache if config.train.cache_text else None
-    words = Words(live.pipeline, live.pipeline.unet.device, form=form, folder=kept)
-    known, complete = prompts(dataset.examples)
-    for cut in words.cut(known):
-        emit(events.Note(text=str(cut)))
-    for component in words.components:
-        if component not in trained_components(config, live) and not config.lora.new_tokens:
-            filled = words.freeze(component, known if complete else None, stop.check)
-            say_filled(f"Prompts ({component})", filled, emit)
-    return words
+def keep_words(bench: Bench, component: str, check: Callable[[], None] = lambda: None) -> None:
+    """The encoder is as it will stay: its prompts are encoded, and it leaves the device if these are all."""
+    filled = bench.words.freeze(component, bench.prompts, check)
+    say_filled(f"Prompts ({component})", filled, bench.emit)
 
 
 def say_filled(what: str, filled: FillReport, emit: events.Emit) -> None:
@@ -274,21 +281,3 @@ def checkpoint_activations(live: LivePipeline) -> None:
         else:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
             model.train()  # transformers checkpoints in training mode only; CLIP has no dropout that this would wake
-
-
-class awake:
-    """What left the device to make room comes back for as long as pictures are made."""
-
-    def __init__(self, bench: Bench) -> None:
-        device = bench.device
-        resting = [bench.live.pipeline.vae, *bench.live.models.values()]
-        self._moved = [m for m in resting if m.device != device]
-        self._device = device
-
-    def __enter__(self) -> None:
-        for model in self._moved:
-            model.to(self._device)
-
-    def __exit__(self, *_: object) -> None:
-        for model in self._moved:
-            model.to("cpu")

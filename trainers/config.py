@@ -193,6 +193,11 @@ class TrainSettings(Table):
     """The same for the text encoders; left out: as `learning_rate`. 0: they are not trained."""
     text_encoder_2_learning_rate: Annotated[float, Field(ge=0)] | None = None
     """The same for SDXL's second text encoder; left out: as the first."""
+    text_encoder_stop: Annotated[float, Field(ge=0)] = 0.0
+    """The step after which the text encoders stay as they are, below 1 a share of all steps; 0: they learn to the end.
+    Their embeddings are then kept, and they leave the device."""
+    text_encoder_2_stop: Annotated[float, Field(ge=0)] | None = None
+    """The same for SDXL's second text encoder; left out: as the first."""
     rates: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Block -> its own peak learning rate, named as in `lora.ranks`: { "unet.down.1" = 5e-5 }."""
     lora_plus_ratio: Annotated[float, Field(ge=1)] = 1.0
@@ -246,6 +251,15 @@ class TrainSettings(Table):
     input_perturbation: Annotated[float, Field(ge=0)] = 0.0
     """More noise on what the UNet sees than it has to tell (arXiv 2301.11706): 0.1 is usual, 0: none."""
 
+    def stop_of(self, component: str) -> int | None:
+        """The last step in which it learns; None: every one."""
+        stop = self.text_encoder_stop
+        if component == "text_encoder_2" and self.text_encoder_2_stop is not None:
+            stop = self.text_encoder_2_stop
+        if component == "unet" or stop == 0:
+            return None
+        return max(1, round(stop * self.steps)) if stop < 1 else int(stop)
+
     @property
     def trains_text_encoder(self) -> bool:
         """Whether any of them is."""
@@ -253,6 +267,17 @@ class TrainSettings(Table):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        for name in ("text_encoder_stop", "text_encoder_2_stop"):
+            stop = getattr(self, name)
+            if stop is not None and stop > 1 and stop != int(stop):
+                raise ConfigError(
+                    f"train.{name} = {stop} is neither a step nor a share of them: below 1, or whole."
+                )
+            if stop and self.rate_of(name.removesuffix("_stop")) == 0:
+                raise ConfigError(
+                    f"train.{name} = {stop} has no effect with train.{name.removesuffix('_stop')}_learning_rate = 0: "
+                    "leave it out, or raise the rate."
+                )
         check_components("train.rates", self.rates)
         for component in COMPONENTS:
             blocks = of_component(self.rates, component)
@@ -273,6 +298,26 @@ class TrainSettings(Table):
                 f"train.warmup_steps = {self.warmup_steps} leaves nothing of train.steps = {self.steps}: the "
                 "learning rate would never arrive. A tenth of the steps is usual."
             )
+        return self
+
+
+class ValidationSettings(Table):
+    """What is measured at the same noise and timesteps every time: the loss on pictures that are not trained on, and
+    the drift of `class_prompt` and the report's unrelated prompts."""
+
+    table: ClassVar[str] = "validation"
+
+    images: AnyPath | None = None
+    """Folder with pictures that are not trained on."""
+    share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Or so many of the pictures to learn are held back for it, 0.1 for every tenth; 0: none."""
+    every: Count = 0
+    """Steps between measurements; 0: only after the last."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.images is not None and self.share:
+            raise ConfigError("validation.images and validation.share both name the pictures: leave one out.")
         return self
 
 
@@ -380,6 +425,8 @@ class TrainConfig(Table):
     """Several folders of pictures, each a [[dataset]] table, in place of data.images."""
     train: TrainSettings = Field(default_factory=TrainSettings)
     """How long, how fast and with how much memory."""
+    validation: ValidationSettings = Field(default_factory=ValidationSettings)
+    """What is measured while training."""
     save: SaveSettings = Field(default_factory=SaveSettings)
     """What is written, and when."""
     preview: PreviewSettings = Field(default_factory=PreviewSettings)

@@ -27,23 +27,24 @@ from accelerate.state import AcceleratorState
 from lora_core.batch_size import ran_out_of_memory
 from lora_core.errors import LoraError, NotFinite, Stopped
 from lora_core.formats import read_adapter
-from lora_core.quantised import count_weights
 from lora_core.safe_files import tensors_sha256
 from lora_core.train_form import detach
 from trainers import checkpoints, events, losses, optim, previews
 from trainers.batches import Batch
-from trainers.bench import Bench, awake, precision, prepare
-from trainers.conditioning import added_conditions
+from trainers.bench import Bench, prepare, trained_components
 from trainers.config import TrainConfig
 from trainers.control import Orders, StopRequest, listening, signals_ask
-from trainers.finish import write_report
+from trainers.freezing import stop_learning
 from trainers.obeying import obey
+from trainers.predicting import predict, predict_as_base
 from trainers.preflight import Narrowed, cached_later, dry_run, without_class
 from trainers.report_page import ReportPage
-from trainers.room import make_room, out_of_memory
+from trainers.room import awake, make_room, out_of_memory
 from trainers.run_folder import RunFolder
 from trainers.saving import keep_preset, save, save_or_say, saved_for, take_up, write_file
+from trainers.telling import announce, report_or_say
 from trainers.tensorboard import TensorBoard, check_installed
+from trainers.validation import make_probe, measure
 from trainers.versions import versions
 from trainers.watch import Watch
 
@@ -127,6 +128,7 @@ def run(
         first = take_up(bench) if resuming else 0
         if resuming:
             keep_preset(bench)  # with what --set has changed
+        bench.probe = make_probe(bench)
         announce(bench, first)
         try:
             steps(bench, first, orders)
@@ -159,26 +161,6 @@ def prepare_or_say(config: TrainConfig, folder: RunFolder, stop: StopRequest, em
         raise
 
 
-def announce(bench: Bench, first: int) -> None:
-    dataset, live = bench.feeder.dataset, bench.live
-    bench.emit(
-        events.Started(
-            run=str(bench.folder.root),
-            base=live.base_name,
-            family=live.family.title,
-            device=str(bench.device),
-            dtype=precision(bench.config),
-            trainable=sum(p.numel() for p in bench.form.parameters()),
-            total=sum(count_weights(m) for m in (*live.models.values(), live.pipeline.vae)),
-            layers=len(bench.form.paths),
-            images=len(dataset.instances),
-            class_images=len(dataset.classes),
-            steps=bench.config.train.steps,
-            first_step=first + 1,
-        )
-    )
-
-
 # --- the steps -----------------------------------------------------------------------------------------------
 
 
@@ -187,9 +169,13 @@ def steps(bench: Bench, first: int, orders: Orders) -> None:
     parameters = list(bench.form.parameters())
     optimizer, scaled = bench.accelerator.prepare(bench.optimizer), bench.accelerator.scaler is not None
     watch = Watch(config.log_every or (1 if bench.device.type == "cpu" else 10))
+    stops = {c: last for c in trained_components(bench.config, bench.live) if (last := config.stop_of(c))}
     began, step = time.monotonic(), first
     while step < (total := bench.config.train.steps):  # which may be changed while it runs
         step += 1
+        for component in [c for c, last in stops.items() if step > last]:
+            stop_learning(bench, component)
+            bench.emit(events.Note(text=f"{component} stays as it is after step {stops.pop(component)}."))
         optim.set_rate(
             bench.optimizer,
             optim.rate_factor(config.schedule, step - 1, steps=total, warmup=config.warmup_steps),
@@ -210,7 +196,17 @@ def steps(bench: Bench, first: int, orders: Orders) -> None:
 
         preview_now = bool(bench.config.preview.every) and step % bench.config.preview.every == 0
         save_now = bool(bench.config.save.every) and step % bench.config.save.every == 0 and step < total
-        if watch.due or preview_now or save_now or orders.waiting or orders.stop.asked or step == total:
+        every = bench.config.validation.every
+        measure_now = step == total or (every > 0 and step % every == 0)
+        if (
+            watch.due
+            or preview_now
+            or measure_now
+            or save_now
+            or orders.waiting
+            or orders.stop.asked
+            or step == total
+        ):
             try:
                 for done, loss, rate in watch.read(scaled=scaled):
                     eta = (time.monotonic() - began) / (step - first) * (total - done)
@@ -221,6 +217,8 @@ def steps(bench: Bench, first: int, orders: Orders) -> None:
                     )
             except NotFinite as problem:
                 raise saved_for(bench, step, problem) from None
+        if measure_now:
+            measure(bench, step)
         if preview_now:
             previews.render(bench, step, orders.stop)
         if orders.waiting:
@@ -263,32 +261,15 @@ def backward(bench: Bench, batch: Batch, share: float) -> torch.Tensor:
 
 def batch_loss(bench: Bench, batch: Batch) -> torch.Tensor:
     """One UNet call -> the DreamBooth loss, fp32, with gradients to the LoRA."""
-    config, schedule, unet = bench.config.train, bench.schedule, bench.live.pipeline.unet
+    config, schedule = bench.config.train, bench.schedule
     seen = batch.eps
     if config.input_perturbation:
         seen = seen + config.input_perturbation * torch.randn_like(seen)
     z_t, target = schedule.noise(batch.z, seen, batch.t), schedule.target(batch.z, batch.eps, batch.t)
     weight = batch.share * schedule.weight(config.loss_weighting, batch.t, gamma=config.snr_gamma)
-    with bench.accelerator.autocast():
-        words = bench.words(batch.captions).to(bench.device, unet.dtype)
-        prediction = unet(
-            z_t.to(unet.dtype),
-            batch.t,
-            encoder_hidden_states=words.hidden,
-            added_cond_kwargs=added_conditions(words, batch.time_ids),
-        ).sample
+    if any(batch.from_base):
+        own = batch.from_base.index(True)  # the rows from there on are the class's, without pictures of it
+        taught = batch.part(slice(own, None))
+        target = torch.cat([target[:own], predict_as_base(bench, taught, z_t[own:]).to(target.dtype)])
+    prediction = predict(bench, batch, z_t)
     return losses.dreambooth(prediction, target, weight, batch.mask)
-
-
-def report_or_say(bench: Bench, lora: Path, stop: StopRequest) -> None:
-    try:
-        write_report(bench.config, bench.folder, bench.live, lora, stop, bench.emit)
-    except Stopped:
-        bench.emit(events.Note(text="Stopped while the report was made. The LoRA is finished."))
-        raise
-    except (LoraError, torch.OutOfMemoryError) as problem:
-        bench.emit(
-            events.Note(
-                text=f"Before and after could not be shown; the LoRA is finished and whole. {problem}"
-            )
-        )

@@ -106,6 +106,21 @@ class Step(TrainEvent):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Measured(TrainEvent):
+    """At the same noise and timesteps every time (trainers.validation)."""
+
+    step: int
+    validation: float | None  # mean squared error on held-out pictures
+    validation_by_timestep: dict[int, float]
+    drift: float | None  # mean |prediction with the LoRA - without| on prompts it should leave alone
+    drift_by_prompt: dict[str, float]
+
+    def __str__(self) -> str:
+        found = {"validation loss": self.validation, "drift": self.drift}
+        return f"Step {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in found.items() if v is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Preview(TrainEvent):
     step: int
     paths: tuple[str, ...]

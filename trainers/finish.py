@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -84,13 +85,25 @@ def compare(found: Adapter, meant: Adapter, dtype: torch.dtype, path: Path) -> N
 
 
 def write_report(
-    config: TrainConfig, folder: RunFolder, live: LivePipeline, lora: Path, stop: StopRequest, emit: Emit
+    config: TrainConfig,
+    folder: RunFolder,
+    live: LivePipeline,
+    lora: Path,
+    stop: StopRequest,
+    emit: Emit,
+    *,
+    measured: Mapping[str, float],
 ) -> None:
-    """The same prompts and seeds without and with the file; figures, sheet, and the base's seal after unloading."""
+    """The same prompts and seeds without and with the file; figures, sheet, and the base's seal after unloading.
+
+    `measured`: figures of the training itself, which are there without prompts too.
+    """
     settings = config.report
     wanted = report.shots(settings, report.judge_views(settings))
     if not wanted:
         show_last_preview(config, folder, lora)
+        if measured:
+            report.write(folder.root / "report.json", dict(measured))
         return
     emit(Note(text=f"Making {2 * len(wanted)} pictures for the report"))
     resolution = config.data.resolution or live.resolution
@@ -99,6 +112,7 @@ def write_report(
     after = report.render(live, wanted, settings, resolution, stop)
     live.unload()
     result = report.figures(wanted, before, after, settings, live.pipeline.vae)
+    result |= measured
     result["base"] = str(live.verify_base())
     path = folder.root / "sheet.png"
     report.sheet(wanted, before, after, path)

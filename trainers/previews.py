@@ -13,9 +13,10 @@ import torch
 
 from lora_core.errors import ConfigError, SaveFailed, Stopped
 from lora_core.generation import GenerationRequest, save_png
-from trainers.bench import Bench, awake
+from trainers.bench import Bench
 from trainers.control import Sample, StopRequest
 from trainers.events import Note, Preview
+from trainers.room import awake
 
 
 def render(bench: Bench, step: int, stop: StopRequest) -> None:
