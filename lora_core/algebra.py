@@ -93,6 +93,12 @@ def channel_scale(weight: Tensor, vector: Tensor, *, on_input: bool) -> Tensor:
     return scaled
 
 
+def change_to(original: Tensor, value: Tensor) -> Tensor:
+    """W' - W for a whole new W' of as many elements. Shape of W, fp32."""
+    found: Tensor = value.float().reshape(original.shape) - original.float()
+    return found
+
+
 def glora_factors(
     weight: Tensor, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], *, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -152,6 +158,11 @@ def turned(
         rows = rows if order is None else rows[order]
         moved = torch.bmm(blocks, rows.reshape(len(blocks), blocks.shape[-1], -1)).reshape(y.shape)
         change = change + (moved if order is None else torch.empty_like(moved).index_copy(0, order, moved))
+    return rescaled(y, change, rescale)
+
+
+def rescaled(y: Tensor, change: Tensor, rescale: Tensor | None) -> Tensor:
+    """g (y + change) - y, g `rescale` (out,) or none. (out, n)."""
     if rescale is None:
         return change
     return rescale[:, None] * change + (rescale[:, None] - 1) * y

@@ -141,7 +141,8 @@ class Fused:
             )
         for path, layer in found.items():
             if weight.at(path):
-                if isinstance(adapter.deltas[path], WithBias):
+                delta = adapter.deltas[path]
+                if isinstance(delta, WithBias) and delta.acts(has_bias=layer.bias is not None):
                     bias_of(layer, path)  # refused where there is none
                 self.changes.setdefault(path, []).append((weight.at(path), adapter.deltas[path]))
         self.unused += Coverage.of(adapter, found).unused
@@ -181,8 +182,9 @@ class Fused:
             return _fused_weight(self.layers[path], path, weighted, dtype, self.rounded)
         tensor = self.weights.read(component, name)
         if kind == "bias":
-            changes = [(w, delta.bias) for w, delta in weighted if isinstance(delta, WithBias)]
-            return fold_bias(torch.empty_like(tensor, dtype=dtype), tensor, changes)
+            changes = [(w, delta.bias_change(tensor)) for w, delta in weighted if isinstance(delta, WithBias)]
+            known = [(w, change) for w, change in changes if change is not None]
+            return fold_bias(torch.empty_like(tensor, dtype=dtype), tensor, known)
         return tensor.to(dtype)
 
 

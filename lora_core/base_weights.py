@@ -256,7 +256,7 @@ def _written(path: str, layer: nn.Module, weighted: Sequence[tuple[float, Delta]
     own: dict[str, Tensor] = {}
     if any(not isinstance(delta, WithBias) or delta.inner is not None for delta in acting):
         own["weight"] = weight_of(layer)
-    if any(isinstance(delta, WithBias) for delta in acting):
+    if any(isinstance(delta, WithBias) and delta.acts(has_bias=layer.bias is not None) for delta in acting):
         own["bias"] = bias_of(layer, path)
     for tensor in own.values():
         refuse_unfusable(path, tensor)

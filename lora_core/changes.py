@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lora_core import algebra
 from lora_core.adapter import Adapter
 from lora_core.deltas import Delta
+from lora_core.deltas.absolute import Absolute
 from lora_core.deltas.bias import WithBias
 from lora_core.deltas.full import Full
 from lora_core.errors import ConfigError, WrongFamily
@@ -19,7 +20,7 @@ from lora_core.facts import kind_name
 from lora_core.families import by
 from lora_core.lower_rank import Lost, best_factors, rank_of
 from lora_core.progress import steps
-from lora_core.worn import original_weight, weight_shape
+from lora_core.worn import original_weight, stored, weight_shape
 
 Parts = Sequence[tuple[Delta, float]]  # changes of one layer's weight, with the user's weights
 Layers = Mapping[str, nn.Module]
@@ -76,6 +77,32 @@ def nearest(
     down, up, values = algebra.svd_of_product(*known)
     kept = rank if energy is None else rank_of(values, energy)
     return down[:kept], up[:, :kept], values.square().sum(), values[kept:].square().sum()
+
+
+def as_change(path: str, delta: Delta, layer: nn.Module | None) -> Delta:
+    """A bias or a norm's weight that is given whole as the change it is beside the base's. Weights of more dimensions
+    become changes as they are needed. ConfigError where there is no layer to compare with."""
+    change = of_weight(delta)
+    norm = change if isinstance(change, Absolute) and len(change.shape()) == 1 else None
+    bias = delta if isinstance(delta, WithBias) and delta.of != "change" else None
+    if norm is None and bias is None:
+        return delta
+    if layer is None:
+        raise ConfigError(
+            f"{path} has a {'weight' if bias is None else 'bias'} that is given whole, whose change only the base "
+            "model tells. Give the layers of the model it was trained on."
+        )
+    if norm is not None:
+        change = Full(norm.delta(original_weight(layer, path).cpu().float()))
+        delta = with_weight(delta, change)
+    if bias is None:
+        return delta
+    own = stored(layer, path, "bias")
+    moved = bias.bias_change(None if own is None else own.detach().cpu())
+    if moved is None:
+        assert change is not None  # a factor stands beside what it scales
+        return change
+    return WithBias(change, moved)
 
 
 def of_weight(delta: Delta | None) -> Delta | None:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from lora_core import algebra
 from lora_core.adapter import Adapter
-from lora_core.changes import dense, is_of_norm, nearest, of_weight, with_weight
+from lora_core.changes import as_change, dense, is_of_norm, nearest, of_weight, with_weight
 from lora_core.deltas import Delta, Factored
 from lora_core.deltas.bias import WithBias
 from lora_core.deltas.full import Full
@@ -168,8 +168,9 @@ def combine(
     deltas: dict[str, Delta] = {}
     paths = dict.fromkeys(path for adapter, _ in adapters for path in adapter.deltas)
     for path in steps(paths, "layers"):
-        parts = [(adapter.deltas[path], float(w)) for adapter, w in adapters if path in adapter.deltas]
         layer = (layers or {}).get(path)
+        given = [(adapter.deltas[path], float(w)) for adapter, w in adapters if path in adapter.deltas]
+        parts = [(as_change(path, delta, layer), w) for delta, w in given]
         deltas[path] = _combined(path, parts, how, layer, sums)
     facts = agreed([adapter.metadata for adapter, _ in adapters])
     metadata = {**facts, FROM: how.recipe(adapters), **_one_stack(adapters)}
@@ -196,15 +197,17 @@ def resize(
     sums = Lost()
     deltas: dict[str, Delta] = {}
     for path in steps(adapter.deltas, "layers"):
-        delta = of_weight(adapter.deltas[path])
+        layer = (layers or {}).get(path)
+        whole = as_change(path, adapter.deltas[path], layer)
+        delta = of_weight(whole)
         if delta is None or is_of_norm(delta):
-            deltas[path] = adapter.deltas[path]
+            deltas[path] = whole
             continue
-        parts, layer = [(delta, 1.0)], (layers or {}).get(path)
-        down, up, whole, gone = nearest(path, parts, layer, rank=rank, energy=energy)
-        sums.add(whole, gone)
+        parts = [(delta, 1.0)]
+        down, up, square, gone = nearest(path, parts, layer, rank=rank, energy=energy)
+        sums.add(square, gone)
         low = _low_rank(*_held(down, up, clamp, sums), parts, layer)
-        deltas[path] = with_weight(adapter.deltas[path], low)
+        deltas[path] = with_weight(whole, low)
     facts = {k: v for k, v in adapter.metadata.items() if k not in HASHES}  # these are of other tensors
     return replace(adapter, deltas=deltas, metadata={**facts, LOST: f"{sums.share:.6f}"})
 
@@ -218,11 +221,10 @@ def to_plain(
 ) -> Adapter:
     """Every change of a weight as a plain LoRA, for programs that know no other kind: what is none becomes the nearest
     of that rank, as in `resize`, and what is one stays as it is. `LOST` is the share of the layers that were none."""
-    others = {
-        path: delta for path, delta in adapter.deltas.items() if not isinstance(of_weight(delta), LowRank)
-    }
+    own = {path: as_change(path, d, (layers or {}).get(path)) for path, d in adapter.deltas.items()}
+    others = {path: delta for path, delta in own.items() if not isinstance(of_weight(delta), LowRank)}
     made = resize(replace(adapter, deltas=others), rank=rank, energy=energy, layers=layers)
-    return replace(made, deltas={path: made.deltas.get(path, d) for path, d in adapter.deltas.items()})
+    return replace(made, deltas={path: made.deltas.get(path, delta) for path, delta in own.items()})
 
 
 def _one_family(adapters: Sequence[tuple[Adapter, float]]) -> str | None:

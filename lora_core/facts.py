@@ -19,9 +19,9 @@ from lora_core.deltas.bias import WithBias
 from lora_core.deltas.magnitude import WithMagnitude
 from lora_core.errors import LoraError
 from lora_core.families import Family, check_belongs, family_of_adapter
-from lora_core.formats.assembly import ranks_and_alphas
 from lora_core.formats.files import headers_of
 from lora_core.formats.kinds import kind_of_delta
+from lora_core.formats.writing import ranks_and_alphas
 from lora_core.plain_text import plain
 from lora_core.replication import Stacks, all_standing
 from lora_core.safe_files import Hashes, hashes_of

@@ -14,6 +14,7 @@ from lora_core.deltas.bias import WithBias
 from lora_core.deltas.hadamard import Hadamard
 from lora_core.deltas.kronecker import Kronecker
 from lora_core.deltas.magnitude import WithMagnitude
+from lora_core.deltas.oft import Rotation
 from lora_core.deltas.shapes import compatible as compatible
 from lora_core.errors import WrongFamily
 from lora_core.replication import not_replicated
@@ -153,10 +154,10 @@ def family_of_adapter(adapter: Adapter) -> Told:
 
 
 def _stored_as_matrix(delta: Delta | None) -> bool:
-    """A 1x1 convolution of these kinds too."""
+    """A 1x1 convolution of these kinds too: what turns a layer's inputs says how many there are, and no more."""
     while isinstance(delta, WithBias | WithMagnitude):
         delta = delta.inner
-    return isinstance(delta, Hadamard | Kronecker) and len(delta.shape()) == 2
+    return isinstance(delta, Hadamard | Kronecker | Rotation) and len(delta.shape()) == 2
 
 
 def check_belongs(adapter: Adapter, models: Mapping[str, nn.Module], family: Family) -> dict[str, nn.Module]:
@@ -189,6 +190,11 @@ def check_belongs(adapter: Adapter, models: Mapping[str, nn.Module], family: Fam
         if isinstance(delta, WithBias) and isinstance(layer, nn.Embedding):
             raise WrongFamily(
                 f"{path} of this LoRA changes a bias, and an embedding has none. Download it again."
+            )
+        if isinstance(delta, WithBias) and delta.of == "value" and getattr(layer, "bias", None) is None:
+            raise WrongFamily(
+                f"{path} of this LoRA has a bias, and in this model it has none. Load it on the model it was trained "
+                "on."
             )
         expected = dense_shape(layer)
         if not delta.fits(expected):

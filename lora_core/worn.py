@@ -9,7 +9,8 @@
     OFT, BOFT                      Turn: R (W x) in place of (R W) x
     GLoRA                          factors again, one half of them made of W
     what has no such form          Dense: ΔW run through the layer's own operation: a whole change, on norms and
-                                   embeddings everything else; an input-axis DoRA, a magnitude around LoHa or LoKr
+                                   embeddings everything else; an input-axis DoRA, a magnitude around LoHa or LoKr,
+                                   a whole weight, a turn of the inputs
     a change of the bias           Worn.bias, beside any of them or alone
 """
 
@@ -102,7 +103,7 @@ def wear(name: str, delta: Delta, layer: nn.Module, path: str, original: Tensor 
     """`original` is W0 where the layer is fused at the moment. Tensors stay in the Delta's dtype or fp32."""
     refuse_lost(layer, path)
     at = _At(layer, path, original)
-    change, bias = (delta.inner, delta.bias) if isinstance(delta, WithBias) else (delta, None)
+    change, bias = (delta.inner, delta.bias_change(at.bias)) if isinstance(delta, WithBias) else (delta, None)
     parts = _Parts() if change is None else next(filter(None, (form(change, at) for form in _forms(layer))))
     down = torch.empty(0, *at.shape, device=at.device) if parts.down is None else parts.down
     up = torch.empty(at.out, 0, device=at.device) if parts.up is None else parts.up
@@ -169,7 +170,7 @@ def _as_scale(delta: Delta, at: _At) -> _Parts | None:
 
 
 def _as_turn(delta: Delta, at: _At) -> _Parts | None:
-    if not isinstance(delta, Rotation):
+    if not isinstance(delta, Rotation) or delta.on_input:
         return None
     stages, rescale = delta.to(device=at.device).turn_form()
     return _Parts(extras=(Turn(tuple(stages), rescale, at.bias),))

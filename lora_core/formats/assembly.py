@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,16 +13,18 @@ import torch
 from torch import Tensor
 
 from lora_core import algebra
-from lora_core.adapter import Adapter, is_finite
-from lora_core.deltas import Delta, factored
+from lora_core.adapter import Adapter
+from lora_core.deltas import Delta
+from lora_core.deltas.absolute import Absolute
 from lora_core.deltas.bias import WithBias
 from lora_core.deltas.low_rank import LowRank
 from lora_core.deltas.magnitude import WithMagnitude
-from lora_core.errors import ConfigError, FileRefused, NotFinite
+from lora_core.errors import FileRefused
 from lora_core.formats import foreign
 from lora_core.formats.endings import says_outputs
-from lora_core.formats.kinds import kind_of_delta, kind_of_roles
-from lora_core.formats.layer import Kind, Layer
+from lora_core.formats.kinds import KINDS, kind_of_roles
+from lora_core.formats.layer import Layer, Readable
+from lora_core.formats.writing import output_column
 from lora_core.safe_files import Header, read_tensors
 from lora_core.safe_header import DTYPES, TensorInfo
 
@@ -42,6 +44,7 @@ class Reading:
     unused: tuple[str, ...]
 
 
+BIASES = frozenset({"bias", "bias_value"})  # the change of a layer's bias, and the bias itself
 NUMBERS = (".alpha", ".on_input")  # what ends the key of a single number that says what a layer is
 # Where the contents of a file's tensors come from: `read_tensors`, or `outlines` where only shapes matter.
 Load = Callable[[Header, Iterable[str]], dict[str, Tensor]]
@@ -77,11 +80,13 @@ def assemble(
     *,
     load: Load = read_tensors,
     alpha_of: Callable[[str, int], float] = lambda path, rank: float(rank),
+    kinds: Sequence[Readable] = KINDS,
 ) -> Reading:
     """Group the file's keys by layer and build a delta of each.
 
     `spell` says what a key is, None for a key that is no LoRA factor; those are named in `unused`.
-    `alpha_of` (path, rank) gives the alpha of a layer that has no alpha tensor: by default the rank.
+    `alpha_of` (path, rank) gives the alpha of a layer that has no alpha tensor: by default the rank. `kinds`: as this
+    spelling has them.
     """
     layers: dict[str, dict[str, str]] = {}
     unused: list[str] = []
@@ -93,23 +98,25 @@ def assemble(
             unused.append(f"{key} (the same layer a second time)")
         else:
             layers[part.path][part.role] = key
-    kinds: dict[str, Kind | None] = {}
+    found: dict[str, Readable | None] = {}
     for path, roles in list(layers.items()):
-        kind = kind_of_roles(roles)
-        if kind is None and "bias" not in roles:
+        kind = kind_of_roles(roles, kinds)
+        if kind is None and BIASES.isdisjoint(roles):
             unused += [
                 f"{key} ({role} of a layer that has no LoRA)" for role, key in layers.pop(path).items()
             ]
             continue
-        kinds[path] = kind
-        own = {"bias"} if kind is None else {*kind.roles.values(), *kind.beside}
+        found[path] = kind
+        own = BIASES if kind is None else {*kind.roles.values(), *kind.beside}
+        if "bias" in own:
+            own = own | BIASES
         what = "change of its bias alone" if kind is None else kind.name
         for role in [role for role in roles if role not in own]:
             unused.append(f"{roles.pop(role)} (the layer has a {what}, to which that says nothing)")
     tensors = load(header, [key for roles in layers.values() for key in roles.values()])
     name = header.path.name
     deltas = {
-        path: _delta(kinds[path], Layer(name, path, roles, _of(roles, tensors), alpha_of))
+        path: _delta(found[path], Layer(name, path, roles, _of(roles, tensors), alpha_of))
         for path, roles in layers.items()
     }
     return Reading(deltas, tuple(unused))
@@ -139,11 +146,13 @@ def _outline(dtype: str, shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, dtype=DTYPES[dtype], device="meta")
 
 
-def _delta(kind: Kind | None, layer: Layer) -> Delta:
+def _delta(kind: Readable | None, layer: Layer) -> Delta:
     change = None if kind is None else kind.read(layer)
     bias = _bias(layer, change)
     if change is not None and "magnitude" in layer.keys:
         change = _with_magnitude(change, layer)
+    if "value" in layer.keys and not isinstance(change, Absolute):
+        change = Absolute(layer.factor("value"), change)
     if bias is None:
         assert change is not None
         return change
@@ -153,24 +162,26 @@ def _delta(kind: Kind | None, layer: Layer) -> Delta:
             f"{bias.numel()} numbers were found where the layer has {change.shape()[0]} outputs",
         )
     try:
-        return WithBias(change, bias)
+        return WithBias(change, bias, "value" if "bias_value" in layer.keys else "change")
     except ValueError as problem:
         raise layer.refused(_which_bias(layer), problem) from problem
 
 
 def _bias(layer: Layer, change: Delta | None) -> Tensor | None:
     """Of the layer itself, or of a factor: B (A x) + b, all of it scaled."""
-    own = layer.factor("bias") if "bias" in layer.keys else None
+    own = next((role for role in ("bias", "bias_value") if role in layer.keys), None)
+    if layer.keys.keys() >= BIASES:
+        raise layer.refused("bias_value", f"{layer.keys['bias']} was found beside it, where one was expected")
     if not isinstance(change, LowRank) or "up_bias" not in layer.keys:
-        return own
+        return None if own is None else layer.factor(own)
     if own is not None or "magnitude" in layer.keys:
-        other = layer.keys["magnitude" if own is None else "bias"]
+        other = layer.keys[own or "magnitude"]
         raise layer.refused("up_bias", f"a factor's bias was found beside {other}, where none was expected")
     return change.scale * layer.factor("up_bias").float()
 
 
 def _which_bias(layer: Layer) -> str:
-    return "bias" if "bias" in layer.keys else "up_bias"
+    return next(role for role in ("bias", "bias_value", "up_bias") if role in layer.keys)
 
 
 def _with_magnitude(inner: Delta, layer: Layer) -> WithMagnitude:
@@ -186,97 +197,3 @@ def _with_magnitude(inner: Delta, layer: Layer) -> WithMagnitude:
             "file again."
         ) from problem
     return WithMagnitude(inner, magnitude)
-
-
-# ---------------------------------------------------------------- writing
-
-
-def output_column(magnitude: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """-> (out, 1) or (out, 1, 1, 1): the one shape that no reader can take for the other axis. The magnitude's own
-    four dimensions stay where a 1x1 convolution's factors are matrices."""
-    return magnitude.reshape(-1, *[1] * (max(len(shape), magnitude.dim()) - 1))
-
-
-class Unwrapped(NamedTuple):
-    """A delta without its modifiers, and these: the magnitude along outputs as a column, along inputs as it came."""
-
-    change: Delta | None  # None where the bias is all that changes
-    magnitude: Tensor | None
-    bias: Tensor | None
-
-
-def unwrapped(delta: Delta) -> Unwrapped:
-    change, bias = (delta.inner, delta.bias) if isinstance(delta, WithBias) else (delta, None)
-    if not isinstance(change, WithMagnitude):
-        return Unwrapped(change, None, bias)
-    magnitude, shape = change.magnitude, change.shape()
-    axis = algebra.magnitude_axis(magnitude, torch.Size(shape))
-    return Unwrapped(change.inner, output_column(magnitude, shape) if axis == 0 else magnitude, bias)
-
-
-def low_ranks(adapter: Adapter, spelling: str) -> dict[str, tuple[LowRank, Tensor | None]]:
-    """Path -> the low-rank part and the magnitude. ConfigError if a layer is of another kind, which PEFT's and
-    diffusers' spellings cannot say: before anything is written."""
-    found: dict[str, tuple[LowRank, Tensor | None]] = {}
-    for path, delta in adapter.deltas.items():
-        change, magnitude, bias = unwrapped(delta)
-        if bias is not None:
-            raise ConfigError(
-                f"{path} has a change of its bias, which the {spelling} spelling has no key for. Write it in the "
-                "kohya spelling."
-            )
-        if not isinstance(change, LowRank):
-            kind = kind_of_delta(change)
-            raise ConfigError(
-                f"{path} is of the kind {type(change).__name__ if kind is None else kind.name}; the {spelling} "
-                "spelling can say LoRA and DoRA only. Write it in the kohya spelling, or bake it to a plain "
-                "LoRA first."
-            )
-        found[path] = change, magnitude
-    return found
-
-
-def column_or_refuse(path: str, magnitude: Tensor, spelling: str) -> Tensor:
-    """PEFT and diffusers know one magnitude per output, nothing else -> (out,)."""
-    if magnitude.shape[0] == 1 and magnitude.numel() != 1:
-        raise ConfigError(
-            f"{path} is a DoRA that scales input columns; the {spelling} spelling can only say output rows. "
-            "Write it in the kohya spelling, or bake it to a plain LoRA first."
-        )
-    return magnitude.reshape(-1)
-
-
-def cast(adapter: Adapter, dtype: torch.dtype | None) -> Adapter:
-    """Every tensor in `dtype`. Raises NotFinite if a value does not fit."""
-    adapter.check_finite()
-    if dtype is None:
-        return adapter
-    if not dtype.is_floating_point:
-        raise ConfigError(
-            f"dtype = {dtype} cannot hold a LoRA: use torch.float16, torch.bfloat16 or torch.float32."
-        )
-    smaller = Adapter(
-        {path: delta.to(dtype=dtype) for path, delta in adapter.deltas.items()}, adapter.metadata
-    )
-    for path, delta in smaller.deltas.items():
-        for name, tensor in delta.tensors().items():
-            if not is_finite(tensor):
-                largest = float(adapter.deltas[path].tensors()[name].abs().max())
-                raise NotFinite(
-                    f"{path} ({name}) reaches {largest:.3g}, more than {str(dtype).removeprefix('torch.')} "
-                    f"can hold ({torch.finfo(dtype).max:.3g}). Save it as bfloat16 or float32."
-                )
-    return Adapter(smaller.deltas, adapter.metadata, adapter.family, adapter.name, adapter.unused)
-
-
-def alpha_tensor(alpha: float, dtype: torch.dtype) -> Tensor:
-    """0-d, in the factors' dtype as kohya has it, unless that would round it."""
-    short = torch.tensor(alpha, dtype=torch.float64).to(dtype)
-    return short if float(short) == alpha else torch.tensor(alpha, dtype=torch.float64).to(torch.float32)
-
-
-def ranks_and_alphas(deltas: Mapping[str, Delta]) -> tuple[dict[str, int], dict[str, float]]:
-    """Per path, for descriptions of an adapter."""
-    inner = {path: unwrapped(delta).change for path, delta in deltas.items()}
-    known = {path: found for path, delta in inner.items() if delta and (found := factored(delta))}
-    return {p: d.rank for p, d in known.items()}, {p: float(d.alpha) for p, d in known.items()}

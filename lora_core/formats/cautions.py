@@ -11,12 +11,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from lora_core.adapter import Adapter
+from lora_core.deltas.absolute import Absolute
 from lora_core.deltas.full import Full
 from lora_core.deltas.glora import Generalized
 from lora_core.deltas.ia3 import Scaling
 from lora_core.deltas.low_rank import LowRank
 from lora_core.deltas.oft import Rotation
-from lora_core.formats.assembly import Unwrapped, unwrapped
+from lora_core.formats.writing import Unwrapped, unwrapped
 
 REFUSES, SKIPS, OTHER, NO_BIAS = (
     "the file is refused",
@@ -125,6 +126,11 @@ _RULES = (
         ),
     ),
     _Rule(
+        "a whole weight in place of its change",
+        dict.fromkeys(("A1111", "InvokeAI", "diffusers"), REFUSES),
+        lambda path, parts: isinstance(parts.change, Absolute),
+    ),
+    _Rule(
         "OFT",
         {"InvokeAI": REFUSES, "diffusers": REFUSES},
         lambda path, parts: _turn(parts) is not None,
@@ -141,7 +147,7 @@ _RULES = (
         lambda path, parts: (
             parts.change is not None
             and parts.magnitude is None
-            and not isinstance(parts.change, LowRank | Generalized | Scaling | Rotation)
+            and not isinstance(parts.change, LowRank | Generalized | Scaling | Rotation | Absolute)
         ),
     ),
     _Rule(

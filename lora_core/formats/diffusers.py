@@ -24,12 +24,13 @@ from torch import Tensor
 
 from lora_core.adapter import Adapter
 from lora_core.errors import ConfigError
-from lora_core.formats.assembly import Load, Reading, column_or_refuse, low_ranks
+from lora_core.formats.assembly import Load, Reading
 from lora_core.formats.endings import role_of
 from lora_core.formats.keys import is_embedding
 from lora_core.formats.metadata import with_hashes
 from lora_core.formats.named import CONFIG, read_named
 from lora_core.formats.peft_config import config_of, in_config
+from lora_core.formats.writing import column_or_refuse, low_ranks
 from lora_core.safe_files import Header, read_tensors, save_tensors
 
 _UNET_FACTORS = ("lora_A", "lora_B", "lora_magnitude_vector")

@@ -25,7 +25,7 @@ from lora_core.formats.layer import Layer
 class LoRA:
     name = "LoRA"
     delta: type[Delta] = LowRank
-    beside = frozenset({"alpha", "magnitude", "bias", "up_bias", "embedding_A", "embedding_B"})
+    beside = frozenset({"alpha", "magnitude", "bias", "up_bias", "value", "embedding_A", "embedding_B"})
     roles: Mapping[str, str] = {f"lora_{role}.weight": role for role in ("down", "up", "mid")}
 
     words = ("embedding_A", "embedding_B")  # PEFT's, of an embedding (num, dim): A (r, num), B (dim, r)

@@ -14,12 +14,13 @@ from lora_core.deltas import Delta
 from lora_core.errors import ConfigError, did_you_mean
 from lora_core.families import FAMILIES, Told, family_of_adapter
 from lora_core.formats import foreign, words
-from lora_core.formats.assembly import Format, Load, Reading, Spelling, cast, outlines
+from lora_core.formats.assembly import Format, Load, Reading, Spelling, outlines
 from lora_core.formats.cloneofsimo import Cloneofsimo
 from lora_core.formats.diffusers import Diffusers
 from lora_core.formats.kohya import Kohya
 from lora_core.formats.metadata import family_of_metadata, kohya_metadata
 from lora_core.formats.peft import Peft, weight_files
+from lora_core.formats.writing import cast
 from lora_core.safe_files import Header, read_header, read_tensors
 
 FORMATS: tuple[Format, ...] = (Cloneofsimo(), Peft(), Kohya(), Diffusers())

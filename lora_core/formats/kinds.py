@@ -6,18 +6,18 @@ says which of them mean something to it.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from lora_core.deltas import Delta
 from lora_core.formats.factor_kinds import LoHa, LoKr, LoRA
-from lora_core.formats.layer import Kind
-from lora_core.formats.other_kinds import IA3, OFT, GLoRA, Whole
+from lora_core.formats.layer import Kind, Readable
+from lora_core.formats.other_kinds import IA3, OFT, GLoRA, Itself, Whole
 
-KINDS: tuple[Kind, ...] = (LoRA(), LoHa(), LoKr(), GLoRA(), OFT(), Whole(), IA3())
+KINDS: tuple[Kind, ...] = (LoRA(), LoHa(), LoKr(), GLoRA(), OFT(), Whole(), IA3(), Itself())
 
 
-def kind_of_roles(roles: Collection[str]) -> Kind | None:
-    return next((kind for kind in KINDS if kind.recognises(roles)), None)
+def kind_of_roles(roles: Collection[str], kinds: Sequence[Readable] = KINDS) -> Readable | None:
+    return next((kind for kind in kinds if kind.recognises(roles)), None)
 
 
 def kind_of_delta(delta: Delta | None) -> Kind | None:

@@ -26,14 +26,16 @@ from torch import Tensor
 
 from lora_core.adapter import Adapter
 from lora_core.deltas import Factored
+from lora_core.deltas.bias import WithBias
 from lora_core.errors import ConfigError
-from lora_core.formats.assembly import Load, Reading, alpha_tensor, unwrapped
+from lora_core.formats.assembly import Load, Reading
 from lora_core.formats.endings import role_of
 from lora_core.formats.keys import flattened
 from lora_core.formats.kinds import KINDS, kind_of_delta
 from lora_core.formats.metadata import with_hashes
 from lora_core.formats.named import read_named
 from lora_core.formats.words import bundled
+from lora_core.formats.writing import alpha_tensor, unwrapped
 from lora_core.ldm_names import to_sgm
 from lora_core.safe_files import Header, read_tensors, save_tensors
 
@@ -62,6 +64,11 @@ class Kohya:
                 raise ConfigError(
                     f"{layer} is of the kind {type(change).__name__}; this version writes "
                     f"{', '.join(known.name for known in KINDS)} and DoRA. Bake it to a plain LoRA first."
+                )
+            if isinstance(delta, WithBias) and delta.of != "change":
+                raise ConfigError(
+                    f"{layer} has its bias as a {delta.of}, for which kohya's spelling has no key: it says changes. "
+                    "Combine the LoRA by svd with the layers of the base model first."
                 )
             stored = {} if kind is None or change is None else kind.stored(change)
             if isinstance(change, Factored):

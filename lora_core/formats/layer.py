@@ -91,17 +91,12 @@ class Layer:
                 )
 
 
-class Kind(Protocol):
-    name: str
-    delta: type[Delta]
-    roles: Mapping[str, str]  # what ends a key in kohya's spelling -> role
-    beside: frozenset[
-        str
-    ]  # roles of assembly.BESIDE, and of other spellings alone, that mean something to it
+class Readable(Protocol):
+    """A kind as some spelling has it."""
 
-    def algo(self, delta: Delta) -> str:
-        """LyCORIS' word for it, as metadata has it."""
-        ...
+    name: str
+    roles: Mapping[str, str]  # what ends a key -> role
+    beside: frozenset[str]  # roles of endings.BESIDE, and of other spellings alone, that mean something to it
 
     def recognises(self, roles: Collection[str]) -> bool:
         """Whether a layer with these roles is of this kind, be it incomplete."""
@@ -111,6 +106,17 @@ class Kind(Protocol):
         """Raises FileRefused for a layer that is incomplete or whose shapes do not go together."""
         ...
 
+
+class Kind(Readable, Protocol):
+    """A kind as kohya's spelling has it, which can say all of them: `roles` are its endings."""
+
+    delta: type[Delta]
+
+    def algo(self, delta: Delta) -> str:
+        """LyCORIS' word for it, as metadata has it."""
+        ...
+
     def stored(self, delta: Delta) -> dict[str, Tensor]:
-        """The factors by what ends their keys in kohya's spelling, in the shapes other programs read."""
+        """The factors by what ends their keys in kohya's spelling, in the shapes other programs read. Raises
+        ConfigError for what has no key there."""
         ...

@@ -23,8 +23,8 @@ from torch import Tensor
 from lora_core.adapter import Adapter
 from lora_core.errors import ConfigError
 from lora_core.families import FAMILIES, Told
-from lora_core.formats.assembly import ranks_and_alphas, unwrapped
 from lora_core.formats.kinds import kind_of_delta
+from lora_core.formats.writing import ranks_and_alphas, unwrapped
 from lora_core.safe_files import serialized
 
 HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")

@@ -1,6 +1,7 @@
 """Kinds that are not products of two factors, as files have them.
 
 diff, w_norm                             a whole difference; of a norm's weight (kohya, LyCORIS "full" and "norm")
+set_weight                               the weight itself (ComfyUI); PEFT's `weight` of a module that was saved whole
 weight, on_input                         (IA)³ (arXiv 2205.05638): (n,), a convolution's (1, n, 1, 1)
 a1.weight, a2.weight, b1.weight, b2.weight, [bm.weight]     GLoRA (2306.07967)
 oft_blocks, [rescale]                    OFT (2306.07280) of 3 dimensions, BOFT (2311.06243) of 4; alpha is a limit
@@ -16,10 +17,12 @@ from torch import Tensor
 
 from lora_core import algebra
 from lora_core.deltas import Delta
+from lora_core.deltas.absolute import Absolute
 from lora_core.deltas.full import Full
 from lora_core.deltas.glora import Generalized
 from lora_core.deltas.ia3 import Scaling
 from lora_core.deltas.oft import Rotation
+from lora_core.errors import ConfigError
 from lora_core.formats.layer import Layer
 
 
@@ -54,6 +57,36 @@ class Whole:
         """What is one number per channel is a norm's, and has a name of its own."""
         change = delta.tensors()["diff"]
         return {"w_norm" if change.dim() == 1 else "diff": change}
+
+
+class Itself:
+    name = "whole weight"
+    delta: type[Delta] = Absolute
+    roles: Mapping[str, str] = {"set_weight": "value"}
+    beside = frozenset({"bias"})
+
+    def algo(self, delta: Delta) -> str:
+        return "full"
+
+    def recognises(self, roles: Collection[str]) -> bool:
+        return "value" in roles
+
+    def read(self, layer: Layer) -> Delta:
+        value = layer.factor("value")
+        if value.dim() not in (1, 2, 4) or 0 in value.shape:
+            raise layer.refused(
+                "value", f"a tensor of shape {tuple(value.shape)} was found where a weight was expected"
+            )
+        return Absolute(value)
+
+    def stored(self, delta: Delta) -> dict[str, Tensor]:
+        tensors = delta.tensors()
+        if len(tensors) > 1:
+            raise ConfigError(
+                "A layer's weight is given whole, with a change on top of it, for which kohya's spelling has no keys. "
+                "Combine the LoRA by svd with the layers of the base model first."
+            )
+        return {"set_weight": tensors["value"]}
 
 
 class IA3:
@@ -157,6 +190,11 @@ class OFT:
 
     def stored(self, delta: Delta) -> dict[str, Tensor]:
         tensors = delta.tensors()
+        if bool(tensors["on_input"]):
+            raise ConfigError(
+                "A layer's inputs are turned, as PEFT's OFT does it, for which kohya's spelling has no keys: its OFT "
+                "turns outputs. Combine the LoRA by svd with the layers of the base model first."
+            )
         rescale = {"rescale": tensors["rescale"]} if "rescale" in tensors else {}
         if not bool(tensors["skew"]):
             return {"oft_diag": tensors["blocks"], **rescale}

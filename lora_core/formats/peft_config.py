@@ -18,7 +18,7 @@ from typing import Any
 from lora_core.deltas import Delta
 from lora_core.deltas.magnitude import WithMagnitude
 from lora_core.errors import ConfigError, FileRefused
-from lora_core.formats.assembly import ranks_and_alphas
+from lora_core.formats.writing import ranks_and_alphas
 
 PEFT_DEFAULT_ALPHA = 8.0
 _PLAIN = re.compile(r"(\^?)((?:[\w\-]|\\?\.)++)\$?")
@@ -35,35 +35,65 @@ def parse(text: str, where: str) -> dict[str, Any]:
     return config
 
 
+class ByPattern:
+    """A number that a layer has by PEFT's rules: its pattern's, or the default."""
+
+    def __init__(self, default: object, patterns: object, name: str, where: str) -> None:
+        """Raises FileRefused for values that make no sense."""
+        self._default = number(default, name, where)
+        self._ends: dict[str, tuple[int, float]] = {}  # end of a path -> (place in the order, number)
+        self._wholes: dict[str, tuple[int, float]] = {}
+        if not isinstance(patterns or {}, dict):
+            raise FileRefused(f"{where}: {name}_pattern should be an object. Download or copy it again.")
+        for place, (pattern, value) in enumerate(patterns.items() if isinstance(patterns, dict) else ()):
+            path, from_root = _plain(pattern, f"{name}_pattern", where)
+            known = self._wholes if from_root else self._ends
+            known.setdefault(path, (place, number(value, pattern[:80], where)))
+
+    @classmethod
+    def alphas(cls, config: Mapping[str, Any], where: str) -> ByPattern:
+        """LoRA's config has `lora_alpha`, others' `alpha`."""
+        default = config.get("lora_alpha", config.get("alpha", PEFT_DEFAULT_ALPHA))
+        return cls(default, config.get("alpha_pattern"), "alpha", where)
+
+    def of(self, path: str) -> float:
+        """`path` inside its model, without `text_model.`. PEFT takes the first pattern that matches."""
+        names = path.split(".")
+        found = [self._ends.get(".".join(names[i:])) for i in range(len(names))] + [self._wholes.get(path)]
+        return min((hit for hit in found if hit is not None), default=(0, self._default))[1]
+
+
 class Alphas:
     """alpha of a layer by PEFT's rules. rsLoRA is folded in as alpha * sqrt(r): alpha / r is the scale."""
 
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
         """`config` needs no other keys than it has; raises FileRefused for values that make no sense."""
-        self._default = _number(config.get("lora_alpha", PEFT_DEFAULT_ALPHA), "lora_alpha", where)
+        self._alphas = ByPattern.alphas(config, where)
         self._rank_stabilized = config.get("use_rslora") is True
-        patterns = config.get("alpha_pattern") or {}
-        if not isinstance(patterns, dict):
-            raise FileRefused(f"{where}: alpha_pattern should be an object. Download or copy it again.")
-        self._ends: dict[str, tuple[int, float]] = {}  # end of a path -> (place in the order, alpha)
-        self._wholes: dict[str, tuple[int, float]] = {}
-        for place, (pattern, alpha) in enumerate(patterns.items()):
-            plain = _PLAIN.fullmatch(pattern)
-            if plain is None:
-                raise FileRefused(
-                    f"{where}: alpha_pattern has {pattern[:80]!r}, a regular expression where a module path was "
-                    "expected. Save it again with plain paths."
-                )
-            path = plain[2].replace("\\", "").removeprefix("text_model.")
-            known = self._wholes if plain[1] else self._ends
-            known.setdefault(path, (place, _number(alpha, pattern[:80], where)))
 
     def of(self, path: str, rank: int) -> float:
-        """`path` inside its model, without `text_model.`. PEFT takes the first pattern that matches."""
-        names = path.split(".")
-        found = [self._ends.get(".".join(names[i:])) for i in range(len(names))] + [self._wholes.get(path)]
-        alpha = min((hit for hit in found if hit is not None), default=(0, self._default))[1]
+        """`path` inside its model, without `text_model.`."""
+        alpha = self._alphas.of(path)
         return alpha * rank**0.5 if self._rank_stabilized else alpha
+
+
+def plain_paths(names: object, name: str, where: str) -> list[str]:
+    """Ends of module paths, without `text_model.`, of what may be one or a list."""
+    found = [names] if isinstance(names, str) else names
+    if not isinstance(found, list):
+        raise FileRefused(f"{where}: {name} should be a list of modules. Download or copy it again.")
+    return [_plain(path, name, where)[0] for path in found]
+
+
+def _plain(pattern: object, name: str, where: str) -> tuple[str, bool]:
+    """-> the path, and whether it is one from the root."""
+    plain = _PLAIN.fullmatch(pattern) if isinstance(pattern, str) else None
+    if plain is None:
+        raise FileRefused(
+            f"{where}: {name} has {pattern!r:.80}, a regular expression where a module path was expected. Save it "
+            "again with plain paths."
+        )
+    return plain[2].replace("\\", "").removeprefix("text_model."), bool(plain[1])
 
 
 def in_config(inside: str) -> str:
@@ -106,7 +136,7 @@ def _short(alpha: float) -> float | int:
     return int(alpha) if alpha == int(alpha) else alpha
 
 
-def _number(value: object, name: str, where: str) -> float:
+def number(value: object, name: str, where: str) -> float:
     try:
         number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
     except OverflowError:

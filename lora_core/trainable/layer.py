@@ -112,6 +112,11 @@ class TrainableLayer(nn.Module):
         """Begin from an existing delta. ConfigError where it is of another kind or changes something else."""
         path = self.site.path
         bias, inner = (delta.bias, delta.inner) if isinstance(delta, WithBias) else (None, delta)
+        if isinstance(delta, WithBias) and delta.of != "change":
+            raise ConfigError(
+                f"{path}: the file to start from holds a bias itself and not its change. Combine it into a new LoRA "
+                "first, with the layers of the base model."
+            )
         for what, there, own, field in (
             ("bias", bias is not None, self.bias is not None, "bias"),
             ("weight", inner is not None, self.factors is not None, "targets"),
