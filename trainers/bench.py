@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from trainers.run_folder import RunFolder
 from trainers.scan import scan
 from trainers.scan_report import ScanReport, listed
 from trainers.training_facts import Ran
+from trainers.unchanged import shown
 from trainers.words import Words, prompts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -63,6 +65,11 @@ class Bench:
     probe: Probe | None = None  # made when all else is ready
     measured: events.Measured | None = None  # the last time
     pieces: int = 1  # of each batch, one after the other: more where memory is short
+
+    @cached_property
+    def shown(self) -> dict[str, str]:
+        """What a state to resume from knows of the pictures."""
+        return shown(self.feeder, self.live.models)
 
     def averaged(self, wanted: bool) -> AbstractContextManager[None]:
         """Inside, the LoRA is its average, if that is wanted and there is one."""

@@ -10,7 +10,7 @@ import json
 import random
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,12 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: optimizer steps done, and the samplers' state as plain JSON."""
+    """Where a run stands: optimizer steps done, the samplers' state, and what they show (trainers.unchanged), as plain
+    JSON."""
 
     step: int
     sampler: dict[str, Any]
+    shown: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,8 @@ class DataSettings(FolderSettings):
 
     bad_images: Literal["skip", "refuse"] = "skip"
     """A picture or caption that cannot be read is passed over and named, or stops the run before it starts."""
+    changed: Literal["refuse", "say"] = "refuse"
+    """Pictures or captions that are not as they were when a run was saved: do not resume it, or say it and go on."""
     buckets: bool = True
     """Train each picture in a shape near its own, about as many pixels as the square; false: cut squares out."""
     bucket_step: Annotated[int, Field(ge=8, le=512, multiple_of=8)] | None = None

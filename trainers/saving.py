@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lora_core.errors import ConfigError, NotFinite, SaveFailed
-from trainers import checkpoints, events
+from trainers import checkpoints, events, unchanged
 from trainers.bench import Bench
 from trainers.finish import write_lora
 
@@ -21,6 +21,9 @@ def take_up(bench: Bench) -> int:
     for problem in problems:
         bench.emit(events.Note(text=problem))
     position = checkpoints.load_state(path, trained(bench))
+    refuse = bench.config.data.changed == "refuse"
+    if found := unchanged.check(position.shown, bench.shown, refuse=refuse):
+        bench.emit(events.Note(text=found))
     bench.feeder.restore(position.sampler)
     if position.step > bench.config.train.steps:
         raise ConfigError(
@@ -32,7 +35,7 @@ def take_up(bench: Bench) -> int:
 def save(bench: Bench, step: int) -> Path:
     """State to resume from, and the LoRA as it is now. Raises SaveFailed, NotFinite with nothing old lost."""
     path = checkpoints.state_path(bench.folder.checkpoints, step)
-    position = checkpoints.Position(step, bench.feeder.state())
+    position = checkpoints.Position(step, bench.feeder.state(), bench.shown)
     checkpoints.save_state(path, position, trained(bench))
     lora = write_file(bench, bench.folder.lora_at(step), step)
     checkpoints.prune(bench.folder.checkpoints, bench.config.save.keep)
