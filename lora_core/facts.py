@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lora_core.deltas import Delta
 from lora_core.deltas.bias import WithBias
 from lora_core.deltas.magnitude import WithMagnitude
 from lora_core.errors import LoraError
-from lora_core.families import Family, check_belongs, family_of_adapter
+from lora_core.families import Family, Told, check_belongs, family_of_adapter
 from lora_core.formats.files import headers_of
 from lora_core.formats.kinds import kind_of_delta
 from lora_core.formats.writing import ranks_and_alphas
@@ -55,17 +56,16 @@ class Facts:
 
     @classmethod
     def of(cls, adapter: Adapter, *, not_finite: tuple[str, ...] | None = None) -> Facts:
-        family, told_by = family_of_adapter(adapter)
+        told = Told(adapter.family, adapter.told_by) if adapter.told_by else family_of_adapter(adapter)
         ranks, alphas = ranks_and_alphas(adapter.deltas)
         # what has no dimension is a setting, which no file has to store
         tensors = [t for delta in adapter.deltas.values() for t in delta.tensors().values() if t.dim()]
         tensors += [rows for parts in adapter.embeddings.values() for rows in parts.values()]
         return cls(
-            family,
-            told_by,
+            *told,
             layers=len(adapter.deltas),
-            components=_in_order(adapter.components(), map(component_of, adapter.deltas)),
-            blocks=_in_order((), sorted(map(place_of, adapter.deltas), key=_from_input)),
+            components=_sorted(map(component_of, adapter.deltas)),
+            blocks=_sorted(map(place_of, adapter.deltas)),
             kinds=counted(map(kind_name, adapter.deltas.values())),
             ranks=counted(ranks.values()),
             alphas=counted(alphas.values()),
@@ -163,6 +163,7 @@ def component_of(path: str) -> str:
     return path.partition(".")[0]
 
 
+@lru_cache(maxsize=2**14)  # of a thousand files most have the same layers
 def place_of(path: str) -> str:
     """unet.down_blocks.1.attentions.0.proj_in -> unet.down.1; the component alone for what lies in no block."""
     component, _, inside = path.partition(".")
@@ -174,9 +175,9 @@ def counted(things: Iterable[Any]) -> dict[Any, int]:
     return dict(Counter(things).most_common())
 
 
-def _in_order(first: Iterable[str], names: Iterable[str]) -> dict[str, int]:
-    counts = Counter(names)
-    return {name: counts[name] for name in (*first, *(n for n in counts if n not in set(first)))}
+def _sorted(places: Iterable[str]) -> dict[str, int]:
+    counts = Counter(places)
+    return {place: counts[place] for place in sorted(counts, key=_from_input)}
 
 
 def _from_input(place: str) -> tuple[int, int, int]:

@@ -98,7 +98,7 @@ def describe(key: str, keys: Container[str]) -> str:
 
 def refuse_other_family(header: Header) -> None:
     """Raise FileRefused if the file is an adapter of, or is, a model other than Stable Diffusion 1, 2 or XL."""
-    strange = [key for key in header.tensors if not _is_ours(key)]
+    strange = [key for key in header.tensors if not _is_ours(key) and _is_anothers(key)]
     for pattern, name in _MODELS:
         key = next((key for key in strange if pattern.search(key)), None)
         if key is None:
@@ -142,6 +142,11 @@ def refuse(header: Header) -> None:
 def _is_ours(key: str) -> bool:
     found = told(key)
     return found is not None and path_of(found.layer) is not None
+
+
+@lru_cache(maxsize=2**14)
+def _is_anothers(key: str) -> bool:
+    return any(pattern.search(key) for pattern, _ in _MODELS)
 
 
 def _inputs(header: Header) -> Iterable[tuple[str, int]]:
