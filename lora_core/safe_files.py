@@ -232,7 +232,7 @@ def _compare_digests(written: Path, digests: Mapping[str, bytes], path: Path) ->
         header = read_header(written)
         same = set(header.tensors) == set(digests) and all(
             hashlib.blake2b(_bytes(read_tensors(header, [name])[name]).numpy().data).digest() == digest
-            for name, digest in digests.items()
+            for name, digest in steps(digests.items(), "tensors compared")
         )
     if not same:
         raise SaveFailed(_other_bytes(path))
