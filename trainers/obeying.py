@@ -55,7 +55,10 @@ def change_steps(bench: Bench, step: int, wanted: int) -> None:
         return
     if wanted < step:
         raise ConfigError(f"{step} are done and {wanted} were asked for. Stop and save instead.")
-    train = TrainSettings.model_validate({**dict(bench.config.train), "steps": wanted})
+    old = bench.config.train
+    # a share of the steps stays the step it was: the encoder has stopped there, or was going to
+    stops = {f"{c}_stop": float(at) for c in ("text_encoder", "text_encoder_2") if (at := old.stop_of(c))}
+    train = TrainSettings.model_validate({**dict(old), **stops, "steps": wanted})
     bench.config = bench.config.model_copy(update={"train": train})
     bench.emit(events.StepsChanged(step=step, steps=wanted, before=before))
     keep_preset(bench)

@@ -180,6 +180,8 @@ def _curves(story: Story) -> str:
     end = float(story.steps)
     drawn = [
         chart("Loss", [Curve("each step", raw, "raw"), Curve("smoothed", smooth, "main")], end=end),
+        chart("Loss on held-out pictures", [Curve("mean squared error", story.validation, "main")], end=end),
+        chart("Drift of what should stay", [Curve("with the LoRA − without", story.drift, "other")], end=end),
         chart("Learning rate", [Curve("of the UNet", rates, "main")], end=end),
     ]
     return _section("Curves", f'<div class="charts">{"".join(drawn)}</div>' if any(drawn) else "")

@@ -62,6 +62,8 @@ class Story:
     eta_s: float = 0.0
     losses: list[tuple[int, float, float]] = field(default_factory=list)
     rates: list[tuple[int, float]] = field(default_factory=list)
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    drift: list[tuple[int, float]] = field(default_factory=list)
     started: dict[str, Any] = field(default_factory=dict)  # the facts of the last Started
     preflight: dict[str, Any] = field(default_factory=dict)  # likewise, of its Preflight
     versions: dict[str, str] = field(default_factory=dict)  # of the last process
@@ -112,6 +114,10 @@ class Story:
                 self.step, self.steps, self.eta_s = event["step"], event["steps"], event["eta_s"]
                 self._add_loss(event["step"], event["loss"])
                 self.rates.append((event["step"], event["learning_rate"]))
+            case "Measured":
+                for curve, name in ((self.validation, "validation"), (self.drift, "drift")):
+                    if event[name] is not None:
+                        curve.append((event["step"], event[name]))
             case "Preflight":
                 self.notes += event["warnings"]
                 self.preflight = event
@@ -145,7 +151,8 @@ class Story:
         """A killed run goes on from its last save: what it had said of later steps is done, and said, again."""
         self.step, self.lora, self.sheet, self.figures = first_step - 1, None, None, {}
         self.losses = [point for point in self.losses if point[0] < first_step]
-        self.rates = [point for point in self.rates if point[0] < first_step]
+        for curve in (self.rates, self.validation, self.drift):
+            curve[:] = [point for point in curve if point[0] < first_step]
         self.previews = [shown for shown in self.previews if shown[0] < first_step]
         self.saved = {step: lora for step, lora in self.saved.items() if step < first_step}
 

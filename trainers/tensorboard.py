@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from lora_core.errors import ConfigError
-from trainers.events import Failed, Finished, Interrupted, Preview, Saved, Started, Step, TrainEvent
+from trainers.events import Failed, Finished, Interrupted, Measured, Preview, Saved, Started, Step, TrainEvent
 
 
 def check_installed() -> None:
@@ -33,6 +33,10 @@ class TensorBoard:
             case Step():
                 self._writer.add_scalar("loss", event.loss, event.step)
                 self._writer.add_scalar("learning_rate", event.learning_rate, event.step)
+            case Measured():
+                for name in ("validation", "drift"):
+                    if (value := getattr(event, name)) is not None:
+                        self._writer.add_scalar(name, value, event.step)
             case Preview():
                 for prompt, path in zip(event.prompts, event.paths, strict=True):
                     pixels = np.asarray(Image.open(path).convert("RGB"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,9 +16,11 @@ import pytest
 from PIL import Image
 
 from lora_core import read_adapter
-from tests.trainers.runs import base_folder, config, events_in, pictures, refusal
+from lora_core.safe_files import read_tensors
+from tests.trainers.runs import Recorder, base_folder, config, events_in, pictures, refusal
 from trainers import checkpoints, presets
 from trainers.dreambooth import train
+from trainers.events import Note, Step, TrainEvent
 
 ROOT = Path(__file__).resolve().parents[2]
 PHOTOS = ROOT.parent / "shared" / "data" / "dreambooth" / "dog"
@@ -154,6 +157,37 @@ def test_full_disk_while_saving(tmp_path: Path, base: Path) -> None:
     assert not list(run.rglob("*.partial"))
     assert not (run / "small.safetensors").exists()
     assert presets.load(run / "preset.toml") == presets.load(preset, ["save.every=2"])
+
+
+def test_a_disk_full_for_a_while_costs_only_the_saves_of_that_while(tmp_path: Path, base: Path) -> None:
+    """No file may grow beyond 60 kB from step 3 to step 4: the state of step 2 stays whole, that of step 6 is saved."""
+    pictures(tmp_path / "images", 2)
+    limit, before = resource.RLIMIT_FSIZE, resource.getrlimit(resource.RLIMIT_FSIZE)
+    recorder = Recorder()
+    folder = tmp_path / "runs" / "small" / "checkpoints"
+    seen: dict[int, list[int]] = {}
+
+    def disk(event: TrainEvent) -> None:
+        if isinstance(event, Step):
+            seen[event.step] = [step for step, _ in checkpoints.saved_steps(folder)]
+            if event.step in (3, 5):
+                resource.setrlimit(limit, (60_000 if event.step == 3 else before[0], before[1]))
+
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        lora = train(config(tmp_path, base, save={"every": 2}), listeners=[recorder, disk])
+    finally:
+        resource.setrlimit(limit, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert seen[5] == [2]
+    assert [step for step, _ in checkpoints.saved_steps(folder)] == [2, 6]
+    for _, path in checkpoints.saved_steps(folder):
+        assert read_tensors(path)
+    notes = [e.text for e in recorder.seen if isinstance(e, Note)]
+    assert any("Step 4 was not saved; the training goes on" in note for note in notes)
+    assert not list(folder.glob(".*"))
+    assert sorted(recorder.losses) == [1, 2, 3, 4, 5, 6]
+    assert read_adapter(lora).deltas
 
 
 def test_non_finite_loss_names_step_and_picture_and_saves_nothing_broken(tmp_path: Path, base: Path) -> None:

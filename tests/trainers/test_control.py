@@ -241,7 +241,7 @@ def test_a_child_is_paused_sampled_saved_and_stopped_through_its_folder(
     assert same_file(run / "small.safetensors", straight[1])
 
 
-COSINE: dict[str, Any] = {**DROPOUT, "train": {"schedule": "cosine", "steps": 6}}
+COSINE: dict[str, Any] = {**DROPOUT, "train": {"schedule": "cosine", "steps": 6, "text_encoder_stop": 0.5}}
 
 
 @pytest.mark.parametrize("wanted", [4, 8])
@@ -261,7 +261,8 @@ def test_more_or_fewer_steps_while_it_runs(tmp_path: Path, base: Path, wanted: i
 
 
 def test_a_run_whose_steps_were_changed_resumes_as_itself(tmp_path: Path, base: Path) -> None:
-    """With a schedule that knows the number, killed after the change: the same as if it had not been."""
+    """With a schedule and a text encoder's end that know the number, killed after the change: the same as if it had
+    not been."""
     pictures(tmp_path / "images", 3)
     whole, commands = Recorder(), Commands(tmp_path / "runs" / "small")
     orders = [whole, at_step(3, lambda: commands.steps(8))]

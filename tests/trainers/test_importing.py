@@ -398,6 +398,8 @@ def test_the_gui_has_its_own_names_and_units(tmp_path: Path) -> None:
     assert "optimizer_type" in named
     assert "output_name" in named
     assert len(found.losses) == 2, named
+    stops = imported(tmp_path, {**GUI, "text_encoder_lr": 1e-4, "stop_text_encoder_training": 40})
+    assert stops.config.train.text_encoder_stop == 0.4
     both_zero = imported(tmp_path, {**GUI, "unet_lr": 0, "LoRA_type": "Standard"}).config
     assert (both_zero.train.learning_rate, both_zero.train.rate_of("text_encoder")) == (1e-4, 1e-4)
     assert both_zero.lora.kind == "lora"

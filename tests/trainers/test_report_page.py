@@ -101,6 +101,18 @@ def test_the_curve_is_the_losses(tmp_path: Path, base: Path) -> None:
         assert y == pytest.approx(places[low][1] + slope * (loss - losses[low]), abs=0.2)
 
 
+def test_what_is_measured_is_drawn(tmp_path: Path, base: Path) -> None:
+    held_out = {"share": 0.5, "every": 2}
+    run = train(
+        settings(tmp_path, base, validation=held_out, report={"unrelated_prompts": ["a dog"], "steps": 1})
+    ).parent
+    measured = [e for e in events_in(run) if e["event"] == "Measured"]
+    text = read(run)
+    for title in ("Loss on held-out pictures", "Drift of what should stay"):
+        (drawn,) = re.findall(rf"{title}.*?</figure>", text)
+        assert len(re.findall(r'points="([^"]+)"', drawn)[0].split()) == len(measured) > 1
+
+
 def test_it_is_there_while_the_run_goes_on(tmp_path: Path, base: Path) -> None:
     seen: dict[int, str] = {}
     run = tmp_path / "runs" / "small"

@@ -90,6 +90,7 @@ def carry_arguments(given: Given, settings: dict[str, Any]) -> Carrying:
     data = kohya_data.carry(c, given.folder)
     _precision(c)
     _rates(c)
+    _stop(c)
     _length(c, data)
     _loss(c)
     _previews(c, given.folder, data)
@@ -131,6 +132,16 @@ def _rates(c: Carrying) -> None:
         c.set("train.text_encoder_learning_rate", common)
     if len(encoders) > 1 and encoders[1] != encoders[0]:
         c.set("train.text_encoder_2_learning_rate", encoders[1])
+
+
+def _stop(c: Carrying) -> None:
+    """Steps, or below 1 a share of them: what the GUI makes of its per cent. -1: never begun."""
+    stop = c.number("stop_text_encoder_training") or 0.0
+    if stop < 0:
+        c.set("train.text_encoder_learning_rate", 0.0)
+    elif stop:
+        c.set("train.text_encoder_stop", stop)
+        c.change("stop_text_encoder_training", stop, "heeded here; sd-scripts does not heed it for LoRAs")
 
 
 def _is_on(c: Carrying, name: str) -> bool:

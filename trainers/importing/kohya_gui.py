@@ -93,7 +93,7 @@ def _lengths(named: dict[str, Any]) -> None:
     if str(named.get("lr_scheduler")) == "cosine_with_restarts" and not named.get("lr_scheduler_num_cycles"):
         named["lr_scheduler_num_cycles"] = epochs
     if ended := float(named.pop("stop_text_encoder_training", 0) or 0):
-        named["stop_text_encoder_training (per cent of the steps)"] = ended
+        named["stop_text_encoder_training"] = ended / 100
 
 
 def _rates(named: dict[str, Any]) -> None:
