@@ -18,7 +18,7 @@ from lora_core.safe_files import Header
 
 # Models of others, the most particular first. One such key is enough: their text encoder's layers may well look like
 # ours. `/` stands for a dot or kohya's underscore, `<` for whatever stands before a model's own names.
-_OTHERS = (
+OTHERS = (
     (r"motion_modules/", "AnimateDiff motion (video)"),
     (r"(?:^|/)(?:temporal_transformer_blocks|time_stack|time_mix)", "Stable Video Diffusion"),
     (r"(?:^|/)(?:temp_attentions|temp_convs|transformer_in)/", "ModelScope (video)"),
@@ -39,7 +39,7 @@ _OTHERS = (
     (r"^lora_te3_|^text_encoder_3/|^(?:text_encoders/)?t5xxl/", "SD3 or Flux"),
     (r"^transformer/|^lora_transformer_", "diffusion transformer"),
 )
-_BY_WIDTH = {
+BY_WIDTH = {
     "SD3, Qwen-Image or Flux": {1536: "SD3", 2432: "SD3.5", 3072: "Qwen-Image or Flux"},
     "PixArt, LTX-Video or CogVideoX": {
         1152: "PixArt",
@@ -57,7 +57,7 @@ _BEFORE = "|".join(
 )
 _MODELS = tuple(
     (re.compile(pattern.replace("<", f"^(?:base_model/|model/|{_BEFORE})*").replace("/", "[._]")), name)
-    for pattern, name in _OTHERS
+    for pattern, name in OTHERS
 )
 # Other files, and then what only base models have
 _FILES = tuple(
@@ -103,7 +103,7 @@ def refuse_other_family(header: Header) -> None:
         key = next((key for key in strange if pattern.search(key)), None)
         if key is None:
             continue
-        widths = _BY_WIDTH.get(name, {})
+        widths = BY_WIDTH.get(name, {})
         name = next((widths[w] for k, w in _inputs(header) if w in widths and pattern.search(k)), name)
         said = f"{'an' if name[0] in 'AEIOU' or name.startswith(('SD3', 'LTX')) else 'a'} {name}"
         if any(role_of(k, header.tensors) for k in header.tensors):

@@ -21,7 +21,7 @@ from lora_core.formats.keys import adapter_path
 
 _WRAPPERS = re.compile(r"(?:base_model\.model\.|module\.|_orig_mod\.|model\.)*")
 _CLIPS = [f"{above}clip_{{}}{below}" for above in ("", "text_encoders.") for below in ("", ".transformer")]
-_BEGINNINGS = {
+BEGINNINGS = {
     "unet": ("lora_unet", "oft_unet", "lycoris_unet", "unet", "diffusion_model"),
     "text_encoder": (
         *("lora_te", "lora_te1", "lycoris_te", "lycoris_te1", "text_encoder", "text_encoder_1"),
@@ -32,7 +32,7 @@ _BEGINNINGS = {
         *(clip.format("g") for clip in _CLIPS),
     ),
 }
-_COMPONENTS = {beginning: component for component, own in _BEGINNINGS.items() for beginning in own}
+_COMPONENTS = {beginning: component for component, own in BEGINNINGS.items() for beginning in own}
 _BEGINNING = re.compile(f"({'|'.join(sorted(map(re.escape, _COMPONENTS), key=len, reverse=True))})[._]")
 _ANYONES = "lycoris_"  # of whatever model the wrapper was put around
 

@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_core.adapter import is_finite
 from lora_core.deltas import Delta
 from lora_core.deltas.bias import WithBias
 from lora_core.deltas.ia3 import Scaling
 from lora_core.deltas.kronecker import Kronecker
 from lora_core.deltas.oft import Rotation
-from lora_core.errors import FileRefused
+from lora_core.errors import FileRefused, NotFinite
 from lora_core.formats.factor_kinds import LoHa, LoKr, LoRA
 from lora_core.formats.keys import kernel_of
 from lora_core.formats.layer import Layer, Readable
@@ -100,7 +101,7 @@ class _OFT:
         return "oft_R" in roles
 
     def read(self, layer: Layer) -> Delta:
-        above = layer.factor("oft_R").float()
+        above = _finite(layer, "oft_R")
         b = (1 + math.isqrt(1 + 8 * above.shape[-1])) // 2
         if above.dim() != 2 or 0 in above.shape or b * (b - 1) // 2 != above.shape[1]:
             raise layer.refused(
@@ -133,7 +134,7 @@ class _BOFT:
 
     def read(self, layer: Layer) -> Delta:
         layer.require("boft_R", "boft_s")
-        data, rescale = layer.factor("boft_R").float(), layer.factor("boft_s").float()
+        data, rescale = _finite(layer, "boft_R"), layer.factor("boft_s").float()
         shape = tuple(data.shape)
         group = 2 ** (shape[0] - 1) if shape and shape[0] < 16 else 0
         if len(shape) != 4 or 0 in shape or shape[2] != shape[3] or not group or shape[1] % group:
@@ -155,15 +156,15 @@ def kinds_of(config: Config, where: str) -> Sequence[Readable]:
     """The kinds that a method's files hold, beside modules that are saved whole. Raises FileRefused for a method that
     this version does not read."""
     method = str(config.get("peft_type", "LORA"))
-    if method not in _METHODS:
+    if method not in METHODS:
         raise FileRefused(
-            f"{where} says {method[:40]}: not supported by this version, which reads {', '.join(_METHODS)} adapters of "
+            f"{where} says {method[:40]}: not supported by this version, which reads {', '.join(METHODS)} adapters of "
             "PEFT. Merge it with PEFT and extract a LoRA."
         )
-    return (_METHODS[method](config, where), Itself())
+    return (METHODS[method](config, where), Itself())
 
 
-_METHODS: dict[str, Callable[[Config, str], Readable]] = {
+METHODS: dict[str, Callable[[Config, str], Readable]] = {
     "LORA": lambda config, where: LoRA(),
     "LOHA": lambda config, where: LoHa(),
     "LOKR": _LoKr,
@@ -172,6 +173,17 @@ _METHODS: dict[str, Callable[[Config, str], Readable]] = {
     "BOFT": lambda config, where: _BOFT(),
 }
 OWN_ROLES = {ending: role for kind in (_IA3, _OFT, _BOFT) for ending, role in kind.roles.items()}
+
+
+def _finite(layer: Layer, role: str) -> Tensor:
+    """fp32. NotFinite here and not later: what is computed from it would raise, or hide it."""
+    tensor = layer.factor(role).float()
+    if not tensor.is_meta and not is_finite(tensor):
+        raise NotFinite(
+            f"{layer.file}, {layer.keys[role]}: values that are NaN or infinite. A LoRA must be finite: this one was "
+            "damaged in training. Use an earlier checkpoint of it."
+        )
+    return tensor
 
 
 def _cayley(q: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from lora_core.adapter import file_path
+from lora_core.errors import FileRefused, NotFinite
 from lora_core.formats import describe_adapter, read_adapter
 from lora_core.formats.endings import role_of
 from lora_core.formats.keys import flattened
@@ -299,6 +300,82 @@ def test_attention_processors_of_early_2023(family: str, tmp_path: Path) -> None
     assert set(adapter.deltas) == expected
     assert len(expected) > 150
     assert all(adapter.deltas[path].fits(everything(family)[path].shape) for path in expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_not_finite_is_refused_in_every_factor_of_every_kind(
+    kind: Callable[[Shape], Factors], tmp_path: Path
+) -> None:
+    """An alpha counts, and a core that is multiplied away; the layer is named."""
+    name = "unet.mid_block.resnets.0.conv1"
+    for factor in (factors := kind((16, 12, 3, 3))):
+        if factor == "on_input":
+            continue
+        state = {f"{name}.{end}": 0.5 * torch.ones(shape) for end, shape in factors.items()}
+        assert len(read_adapter(saved(state, tmp_path)).deltas) == 1
+        state[f"{name}.{factor}"].view(-1)[0] = float("nan")
+        with pytest.raises((NotFinite, FileRefused), match=r"mid_block\.resnets\.0\.conv1"):
+            read_adapter(saved(state, tmp_path))
+
+
+@pytest.mark.parametrize("method", ["LORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_of_peft_of_full_size(family: str, method: str, tmp_path: Path) -> None:
+    """A folder for each component; every second norm was saved whole, and what a method has no factors for."""
+    made: dict[str, dict[str, Shape]] = {}
+    for i, (path, built) in enumerate(everything(family).items()):
+        component, _, inside = path.partition(".")
+        if component == "text_encoder":
+            inside = inside.removeprefix("text_model.")
+        factors = of_peft(method, built, path)
+        if factors is None:
+            factors = (
+                {"weight": built.shape}
+                if i % 2
+                else {"base_layer.weight": built.shape, "bias": built.shape[:1]}
+            )
+        shapes = {f"base_model.model.{inside}.{ending}": shape for ending, shape in factors.items()}
+        made.setdefault(component, {}).update(shapes)
+    for component, shapes in made.items():
+        (tmp_path / component).mkdir()
+        outline(tmp_path / component / "adapter_model.safetensors", shapes)
+        config = {"peft_type": method, "r": 4, "alpha": 2, "feedforward_modules": ["ff.net.2", "fc2"]}
+        (tmp_path / component / "adapter_config.json").write_text(json.dumps(config))
+    adapter = describe_adapter(tmp_path)
+    built_of = everything(family)
+    assert adapter.unused == ()
+    assert adapter.deltas.keys() == built_of.keys()
+    assert [path for path, delta in adapter.deltas.items() if not delta.fits(built_of[path].shape)] == []
+    assert adapter.family == family
+
+
+def of_peft(method: str, built: Built, path: str) -> Factors | None:
+    shape = built.shape
+    if built.kind == "Embedding":
+        return (
+            {"lora_embedding_A": (4, shape[0]), "lora_embedding_B": (shape[1], 4)}
+            if method == "LORA"
+            else None
+        )
+    if len(shape) == 1:
+        return None
+    inputs = math.prod(shape[1:])
+    if method == "IA3":
+        fed = path.endswith(("ff.net.2", "fc2"))
+        return {
+            "ia3_l": (1, shape[1 - (not fed)], 1, 1)
+            if len(shape) == 4
+            else (1, inputs)
+            if fed
+            else (shape[0], 1)
+        }
+    if method == "OFT":
+        return {"oft_R.weight": (inputs // 4, 6)} if shape[2:] != (3, 3) and inputs % 4 == 0 else None
+    if method == "BOFT":
+        scale = (1, shape[0]) if len(shape) == 4 else (shape[0], 1)
+        return {"boft_R": (1, inputs // 4, 4, 4), "boft_s": scale} if inputs % 4 == 0 else None
+    factors = {"LORA": peft, "LOHA": loha, "LOKR": lokr}[method](shape)
+    return {ending: side for ending, side in factors.items() if ending != "alpha"}
 
 
 # ---------------------------------------------------------------- what LyCORIS' own wrapper saves

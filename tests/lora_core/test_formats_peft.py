@@ -16,7 +16,7 @@ from lora_core.adapter import resolve, weight_of
 from lora_core.deltas.absolute import Absolute
 from lora_core.deltas.bias import WithBias
 from lora_core.deltas.oft import Rotation
-from lora_core.errors import ConfigError, FileRefused, WrongFamily
+from lora_core.errors import ConfigError, FileRefused, NotFinite, WrongFamily
 from lora_core.formats import describe_adapter, read_adapter
 from lora_core.safe_files import read_tensors, save_tensors
 from tests.small_models import small_pipeline
@@ -363,3 +363,26 @@ def test_a_bias_where_the_model_has_none_is_refused(tmp_path: Path) -> None:
         WrongFamily, match=r"attn1.to_q of this LoRA has a bias, and in this model it has none"
     ):
         LivePipeline(small_pipeline("sd1")).load(tmp_path)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_finite_is_named_in_every_method(bad: float, tmp_path: Path) -> None:
+    """Whatever is computed while reading: a turn of NaN is none, and a solver would raise."""
+    files: dict[str, dict[str, Tensor]] = {
+        "LORA": {
+            **PAIR,
+            f"{Q}.lora_magnitude_vector": torch.ones(64),
+            f"{CONV}.weight": torch.ones(8, 8, 3, 3),
+        },
+        "LOKR": {f"{Q}.lokr_w1": torch.ones(8, 8), f"{Q}.lokr_w2": torch.ones(8, 8)},
+        "IA3": {f"{Q}.ia3_l": torch.ones(64, 1)},
+        "OFT": OFT,
+        "BOFT": BOFT,
+    }
+    for method, tensors in files.items():
+        for key in tensors:
+            spoiled = {k: t.clone() for k, t in tensors.items()}
+            spoiled[key].view(-1)[1] = bad
+            folder(tmp_path, spoiled, peft_type=method)
+            with pytest.raises(NotFinite, match=r"attn1\.to_q|conv1"):
+                read_adapter(tmp_path)
