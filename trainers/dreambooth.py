@@ -101,7 +101,7 @@ def rehearse(
             bench.config = config
             try:
                 assert narrowed.whole is not None
-                cached = cached_later(narrowed.whole, config)
+                cached = cached_later(narrowed.whole, config, bench.live.pipeline.vae_scale_factor)
                 found = dry_run(bench, gradients, dataset=narrowed.whole, cached=cached)
             finally:
                 detach(bench.form)

@@ -79,7 +79,7 @@ def dry_run(
         psutil.virtual_memory().total,
         free_disk(config.output),
     )
-    height, width = (side * 8 for side in batches[0].z.shape[-2:])
+    height, width = (int(side) for side in batches[0].time_ids[0, 4:])
     found = Preflight(
         largest=f"{width} x {height}",
         pictures=sum(map(len, batches)),
@@ -215,12 +215,14 @@ def without_class(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update={"data": data, "dataset": folders})
 
 
-def cached_later(dataset: Dataset, config: TrainConfig) -> int:
-    """Of the latents: mean and deviation of every view, four channels of fp32 an eighth as wide and high."""
+def cached_later(dataset: Dataset, config: TrainConfig, factor: int) -> int:
+    """Of the latents: mean and deviation of every view, four channels of fp32, `factor` times less wide and high."""
     if not config.train.cache_latents:
         return 0
     sides = [example.plan.bucket for example in dataset.examples for _ in example.views()]
-    return sum(2 * 4 * 4 * (width // 8) * (height // 8) + 5 * HEADER_BYTES for width, height in sides)
+    return sum(
+        2 * 4 * 4 * (width // factor) * (height // factor) + 5 * HEADER_BYTES for width, height in sides
+    )
 
 
 class Peak:

@@ -309,6 +309,7 @@ def test_shipped_presets_pass_preflight(tmp_path: Path, bases: dict[str, Path], 
     seen: list[TrainEvent] = []
     found = rehearse(settings, listeners=[seen.append])
     assert seen[-1] == found
+    assert found.largest == ("64 x 64" if "demo" in name else "128 x 128")
     assert found.total_s > 0
     assert not list(advice.about_settings(settings))
     assert found.warnings == () or all("in every caption" in warning for warning in found.warnings)
