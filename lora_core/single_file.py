@@ -38,7 +38,6 @@ from lora_core.ldm_measures import (
 from lora_core.ldm_names import OPENCLIP, PREFIXES, Key, ldm_keys
 from lora_core.prediction import told
 from lora_core.safe_header import Header
-from lora_core.tensor_listing import MARKERS
 
 _UNET = PREFIXES["sd1"]["unet"]
 # Other beginnings of the same keys: early mergers dropped "text_model.", sgm's trainer names SD 2's encoder as SDXL's.
@@ -56,7 +55,7 @@ _IGNORED = re.compile(
     r"model_ema\..*|first_stage_model\.(loss|model_ema)\..*|betas|(sqrt_)?(recip(m1)?_)?(log_)?(one_minus_)?"
     r"alphas_cumprod(_prev)?|sqrt_recipm1_alphas_cumprod|posterior_(variance|log_variance_clipped|mean_coef[12])|"
     r"lvlb_weights|logvar|scale_factor|ddim_(sigmas|alphas|alphas_prev|sqrt_one_minus_alphas)|denoiser\.sigmas|"
-    rf"global_step|{'|'.join(MARKERS)}|"
+    r"global_step|v_pred|ztsnr|"
     rf"{_CLIP}transformer\.(text_model\.)?(embeddings\.position_ids|text_projection\.weight)|"
     rf"{_CLIP}(model\.)?(logit_scale|attn_mask|text_projection)"
 )

@@ -25,8 +25,8 @@ MAX_TENSORS = 20_000
 MAX_METADATA = 20_000  # entries
 MAX_DIM = 2**24
 MAX_DIMS = 8
-# Tensors without elements, as checkpoints of v models have them: that they are there is all they say.
-MARKERS = ("v_pred", "ztsnr")
+# Tensors without elements, of v models' checkpoints and of Control-LoRAs: that they are there is all they say.
+MARKERS = ("v_pred", "ztsnr", "lora_controlnet")
 MAX_NAME = 1000  # characters; real names have fewer than 200, and patterns are matched against them
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
