@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -20,10 +21,11 @@ from lora_core import Adapter, LivePipeline, write_adapter
 from lora_core.deltas import Delta
 from lora_core.deltas.hadamard import Hadamard
 from lora_core.deltas.kronecker import Kronecker
-from lora_core.formats.peft import CONFIG
+from lora_core.formats.peft import CONFIG, WEIGHTS
 from lora_core.safe_files import read_header, read_raw, save_tensors
 from tests.lora_core.adapters_on_disk import adapter, low_rank
 from tests.lora_core.kinds_by_hand import KINDS, adapter_of
+from tests.lora_core.test_formats_peft import TINY, Tiny, trained
 from tests.small_models import FAMILIES, save_ldm_single_file, small_pipeline
 
 SIZES = {
@@ -39,6 +41,7 @@ SIZES = {
     "I8": 1,
 }
 SIZES |= {"U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
+PEFT_CASES = ("loha", "lokr, whole", "ia3", "oft, held", "oft, exact", "boft", "modules")
 LAYERS = 14  # of a sample: more of the same kind would only take longer
 
 
@@ -131,10 +134,8 @@ def corpus(folder: Path) -> list[Draft]:
     drafts.append(taken_apart("diffusers words", write_adapter(plain, folder / "e", spelling="diffusers")))
     for component in ("unet", "text_encoder_2"):
         peft = write_adapter(plain, folder / "peft", spelling="peft") / component
-        beside = (peft / CONFIG).read_bytes()
-        drafts.append(
-            replace(taken_apart(f"peft {component}", peft / "adapter_model.safetensors"), beside=beside)
-        )
+        drafts.append(taken_apart_beside(f"peft {component}", peft))
+    drafts += [taken_apart_beside(f"peft {case}", of_peft(case, folder / "theirs")) for case in PEFT_CASES]
     for name, (tensors, said) in {"cloneofsimo": numbered(), "tucker": tucker(), **words_alone()}.items():
         save_tensors(folder / "x.safetensors", tensors, said)
         drafts.append(taken_apart(name, folder / "x.safetensors"))
@@ -196,6 +197,19 @@ def words_alone() -> dict[str, tuple[dict[str, torch.Tensor], dict[str, str]]]:
     }
 
 
+def of_peft(case: str, folder: Path) -> Path:
+    """What PEFT saves of its other methods, and of modules that are trained whole."""
+    method, options = TINY.get(case) or ("Lora", {"r": 3, "modules_to_save": ["conv1"], "lora_bias": True})
+    chosen = ["linear_1"] if method == "Lora" else ["linear_1", "conv1"]
+    with patch("peft.tuners.boft.layer.get_fbd_cuda", lambda: None):  # it would look for a CUDA compiler
+        trained(method, {"target_modules": chosen} | options, Tiny()).save_pretrained(folder)
+    return folder
+
+
+def taken_apart_beside(source: str, folder: Path) -> Draft:
+    return replace(taken_apart(source, folder / WEIGHTS), beside=(folder / CONFIG).read_bytes())
+
+
 def taken_apart(source: str, path: Path) -> Draft:
     header = read_header(path)
     tensors = [
@@ -207,125 +221,33 @@ def taken_apart(source: str, path: Path) -> Draft:
 
 # ---------------------------------------------------------------- changes that keep a file a file
 
-ODD_TEXT = (
-    "",
-    "null",
-    "{",
-    "[" * 3000,
-    "{}",
-    "[]",
-    "0",
-    '"',
-    "\u0000",
-    "\u202e",
-    "a" * 70_000,
-    "-1",
-    "1e999",
-    "NaN",
-)
-ODD_TEXT += (
-    '{"a":' * 2000,
-    '["x", 3]',
-    '{"x": {"y": 1e400}}',
-    "9" * 5000,
-    "True",
-    "\ud83d\ude00",
-    "../../x",
-    "(a+)+$",
-)
-ODD_JSON: tuple[Any, ...] = (
-    None,
-    True,
-    -1,
-    0,
-    0.5,
-    1e308,
-    2**70,
-    10**400,
-    "8",
-    "",
-    [],
-    [[1]],
-    {},
-    {"a": 1},
-    float("inf"),
-)
-KEYS_SAID = (
-    "lora_adapter_metadata",
-    "lora_loom.layer_replication",
-    "unet",
-    "text_encoder",
-    "text_encoder:0:rank",
-)
-KEYS_SAID += (
-    "ss_tag_frequency",
-    "ss_base_model_version",
-    "modelspec.architecture",
-    "modelspec.thumbnail",
-    "<s1>",
-)
-KEYS_SAID += (
-    "ss_network_args",
-    "modelspec.trigger_phrase",
-    "modelspec.prediction_type",
-    "format",
-    "ss_v2",
-    "ss_seed",
-)
-ENDS = (
-    "lora_down.weight",
-    "lora_up.weight",
-    "lora_mid.weight",
-    "alpha",
-    "dora_scale",
-    "diff",
-    "diff_b",
-    "w_norm",
-)
-ENDS += (
-    "b_norm",
-    "hada_w1_a",
-    "hada_w1_b",
-    "hada_w2_a",
-    "hada_t1",
-    "lokr_w1",
-    "lokr_w1_a",
-    "lokr_w2",
-    "lokr_t2",
-)
-ENDS += ("oft_blocks", "oft_diag", "rescale", "weight", "on_input", "a1.weight", "b2.weight", "bm.weight")
-ENDS += (
-    "lora_A.weight",
-    "lora_B.default.weight",
-    "lora_magnitude_vector",
-    "lora_embedding_A",
-    "lora.down.weight",
-)
-NAMES = (
-    "",
-    "__metadata__",
-    "lora_unet_",
-    "a" * 999,
-    "a" * 1001,
-    "clip_l",
-    "emb_params",
-    "bundle_emb.x.clip_l",
-    "<a>",
-)
-NAMES += (
-    "unet:0:up",
-    "unet:9999:down",
-    "text_encoder:3:up",
-    "lora_te3_x.alpha",
-    "transformer.x.lora_A.weight",
-    "\n",
-)
-NAMES += (
-    "model.diffusion_model.out.2.weight",
-    "control_model.x",
-    "lora_unet_1_2_3_4.alpha",
-    "unet.a.lora_A.weight",
-)
+
+def each(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+ODD_TEXT = each('null { {} [] 0 " -1 1e999 NaN True ../../x (a+)+$ ["x",3] {"x":{"y":1e400}}')
+ODD_TEXT += ("", "\u0000", "\u202e", "\ud83d\ude00", "a" * 70_000, "[" * 3000, '{"a":' * 2000, "9" * 5000)
+_NUMBERS: tuple[Any, ...] = (None, True, -1, 0, 0.5, 1e308, 2**70, 10**400, float("inf"))
+ODD_JSON = (*_NUMBERS, "8", "", "LOHA", "LOKR", "OFT", [], [[1]], {}, {"a": 1})
+KEYS_SAID = each("""
+    lora_adapter_metadata lora_loom.layer_replication unet text_encoder text_encoder:0:rank <s1> format ss_v2 ss_seed
+    ss_tag_frequency ss_base_model_version ss_network_args modelspec.architecture modelspec.thumbnail
+    modelspec.trigger_phrase modelspec.prediction_type
+""")
+ENDS = each("""
+    lora_down.weight lora_up.weight lora_mid.weight alpha dora_scale diff diff_b w_norm b_norm set_weight weight bias
+    hada_w1_a hada_w1_b hada_w2_a hada_t1 lokr_w1 lokr_w1_a lokr_w2 lokr_t2 oft_blocks oft_diag rescale on_input
+    a1.weight b2.weight bm.weight lora_A.weight lora_B.default.weight lora_magnitude_vector lora_embedding_A
+    lora.down.weight ia3_l oft_R.weight boft_R boft_s base_layer.bias modules_to_save.weight lora_B.bias
+""")
+NAMES = each("""
+    __metadata__ lora_unet_ clip_l emb_params bundle_emb.x.clip_l <a> unet:0:up unet:9999:down text_encoder:3:up
+    lora_te3_x.alpha transformer.x.lora_A.weight model.diffusion_model.out.2.weight control_model.x
+    lora_unet_1_2_3_4.alpha unet.a.lora_A.weight
+""")
+NAMES += ("", "\n", "a" * 999, "a" * 1001)
+NAMES_IN_JSON = (*ODD_TEXT[:9], *each("r alpha alpha_pattern rank_pattern unet.lora_alpha peft_type"))
 
 Change = Callable[[Draft, random.Random], None]
 
@@ -469,7 +391,7 @@ def spoiled_json(text: str, r: random.Random) -> str:
     if r.random() < 0.2:
         del here[key]
     elif r.random() < 0.2 and isinstance(here, dict):
-        here[r.choice((*ODD_TEXT[:9], "alpha_pattern", "rank_pattern", "unet.lora_alpha"))] = here.pop(key)
+        here[r.choice(NAMES_IN_JSON)] = here.pop(key)
     else:
         here[key] = r.choice(ODD_JSON)
     return json.dumps(value)

@@ -72,7 +72,9 @@ class Wrong(AssertionError):
 class Fuzzer:
     def __init__(self, folder: Path, seed: int = 0) -> None:
         self.folder, self.seed = folder, seed
-        drafts = corpus(folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the libraries that make the files
+            drafts = corpus(folder)
         self.bases = [draft for draft in drafts if draft.is_base]
         self.loras = [draft for draft in drafts if not draft.is_base]
         self.live = LivePipeline(small_pipeline("sd1"))
@@ -234,9 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.simplefilter("error")
     total = Report()
     with tempfile.TemporaryDirectory() as folder:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            fuzzer = Fuzzer(Path(folder), options.seed)
+        fuzzer = Fuzzer(Path(folder), options.seed)
         began = time.perf_counter()
         for first in range(options.first, options.first + options.count, 100):
             count = min(100, options.first + options.count - first)

@@ -35,6 +35,10 @@ from lora_core.formats.other_kinds import Itself
 from lora_core.formats.peft_config import ByPattern, in_config, number, plain_paths
 
 Config = Mapping[str, Any]
+_WIDEST = 5120  # inputs of SDXL's ff.net.2
+_LARGEST_BUTTERFLY = (
+    512  # few stages of small blocks make fewer; many would be a dense matrix out of a small file
+)
 _MOST_TERMS = 64  # of a series whose terms shrink
 
 
@@ -102,7 +106,7 @@ class _OFT:
 
     def read(self, layer: Layer) -> Delta:
         above = _finite(layer, "oft_R")
-        b = (1 + math.isqrt(1 + 8 * above.shape[-1])) // 2
+        b = (1 + math.isqrt(1 + 8 * max((0, *above.shape[1:])))) // 2
         if above.dim() != 2 or 0 in above.shape or b * (b - 1) // 2 != above.shape[1]:
             raise layer.refused(
                 "oft_R",
@@ -112,6 +116,10 @@ class _OFT:
             raise layer.refused(
                 "oft_R",
                 "PEFT's OFT of a 3x3 convolution changes what the layer does otherwise than a weight could",
+            )
+        if b > _WIDEST:
+            raise layer.refused(
+                "oft_R", f"blocks of {b:,} were found where no layer has more than {_WIDEST:,} inputs"
             )
         q = torch.zeros(len(above), b, b, device=above.device)
         rows, columns = torch.triu_indices(b, b, 1)
@@ -144,6 +152,11 @@ class _BOFT:
             )
         if group > 1 and shape[3] % 2:
             raise layer.refused("boft_R", f"blocks of {shape[3]} were found where a butterfly has even ones")
+        if shape[3] > _WIDEST or (group > 1 and group * shape[3] > _LARGEST_BUTTERFLY):
+            raise layer.refused(
+                "boft_R",
+                f"blocks of {group * shape[3]:,} were found where at most {_LARGEST_BUTTERFLY:,} are read",
+            )
         turns = _cayley((data - data.transpose(2, 3)) / 2)
         if group > 1:
             turns = _butterfly(turns)[None]

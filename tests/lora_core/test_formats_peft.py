@@ -310,6 +310,22 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
         {"peft_type": "OFT"},
         r"\(16, 7\) was found .* \(k, b",
     ),
+    "oft of one number": (
+        {f"{Q}.oft_R.weight": torch.tensor(1.0)},
+        {"peft_type": "OFT"},
+        r"shape \(\) was found",
+    ),
+    "oft of huge blocks": (
+        {f"{Q}.oft_R.weight": torch.ones(1, 5121 * 2560, dtype=torch.float16)},
+        {"peft_type": "OFT"},
+        "blocks of 5,121 were found",
+    ),
+    # 400 kB that would be a dense matrix of 64 MB, and half a minute
+    "boft of many stages": (
+        {f"{Q}.boft_R": torch.ones(12, 2048, 2, 2), f"{Q}.boft_s": torch.ones(4096, 1)},
+        {"peft_type": "BOFT"},
+        "blocks of 4,096 were found where at most 512",
+    ),
     "oft kernel": (
         {f"{CONV}.oft_R.weight": torch.ones(16, 6)},
         {"peft_type": "OFT"},
