@@ -43,7 +43,7 @@ class Adapter:
         for path, tensors in self._all():
             for name, tensor in tensors.items():
                 if not is_finite(tensor):
-                    bad = int((~torch.isfinite(tensor)).sum())
+                    bad = int((~torch.isfinite(tensor.float())).sum())
                     raise NotFinite(
                         f"{path} ({name}) holds {bad} values that are NaN or infinite, out of {tensor.numel()}. "
                         "A LoRA must be finite: this one was damaged in training. Use an earlier checkpoint of it."

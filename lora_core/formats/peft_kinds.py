@@ -202,7 +202,8 @@ def _finite(layer: Layer, role: str) -> Tensor:
 def _cayley(q: Tensor) -> Tensor:
     """(I - Q) (I + Q)^-1, of each block."""
     eye = torch.eye(q.shape[-1], device=q.device).expand(q.shape)
-    found: Tensor = torch.linalg.solve(eye + q, eye - q, left=False)
+    # I + Q has an inverse for every skew Q, but not for numbers beyond fp32's digits: that R is not finite, and said so
+    found: Tensor = torch.linalg.solve_ex(eye + q, eye - q, left=False)[0]
     return found
 
 

@@ -16,7 +16,7 @@ from lora_core import Adapter, LivePipeline, coverage_on, write_adapter
 from lora_core.adapter import is_finite
 from lora_core.errors import LoraError, NotFinite, WrongFamily
 from lora_core.facts import Coverage, Facts
-from lora_core.formats import describe_adapter
+from lora_core.formats import describe_adapter, read_adapter
 from lora_core.safe_files import read_header, read_tensors, save_tensors
 from lora_core.unet_blocks import known_blocks, matches
 from tests.lora_core.kinds_by_hand import adapter_of
@@ -115,6 +115,14 @@ def test_a_lora_of_every_kind_has_its_kinds_counted() -> None:
         counts = Facts.of(adapter).kinds
         assert sum(counts.values()) == len(adapter.deltas)
         assert {name, f"{name} + bias"} <= set(counts) <= {name, f"{name} + bias", "bias"}
+
+
+def test_a_word_of_few_bits_with_a_bad_value_is_refused_too(tmp_path: Path) -> None:
+    rows = torch.ones(2, 768)
+    rows[1, 5] = float("nan")
+    save_tensors(tmp_path / "fox.safetensors", {"emb_params": rows.to(torch.float8_e4m3fn)})
+    with pytest.raises(NotFinite, match=r"fox \(text_encoder\) holds 1 values"):
+        read_adapter(tmp_path / "fox.safetensors")
 
 
 @pytest.mark.parametrize(

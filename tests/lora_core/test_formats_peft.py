@@ -364,6 +364,14 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
 }
 
 
+def test_a_turn_beyond_what_fp32_can_tell_is_not_finite(tmp_path: Path) -> None:
+    """Beside 2^100 a 1 is lost: what is left of I + Q has no inverse."""
+    q = 2.0**101 * torch.ones(3, 3).triu(1)[None, None]
+    folder(tmp_path, {f"{Q}.boft_R": q, f"{Q}.boft_s": torch.ones(3, 1)}, peft_type="BOFT")
+    with pytest.raises(NotFinite):
+        read_adapter(tmp_path)
+
+
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_cannot_be_read_is_refused_in_a_sentence(what: str, tmp_path: Path) -> None:
     tensors, config, why = REFUSED[what]
