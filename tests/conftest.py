@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from typing import Any
 
@@ -13,6 +14,9 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     # before torch is imported: processes that each take every core wait for one another most of the time
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(workers)))
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # a shell ignores it in what it starts in the background, children inherit that, and Ctrl-C is tested
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
