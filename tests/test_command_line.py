@@ -20,6 +20,7 @@ from app.command_line import APP, COMMANDS, parse, parser_of
 from lora_core import Adapter, read_adapter, write_adapter
 from lora_core.combining import METHODS
 from lora_core.deltas.full import Full
+from lora_core.formats.cautions import cautions
 from lora_core.looking import look
 from lora_core.progress import watched
 from tests.lora_core.adapters_on_disk import adapter
@@ -163,6 +164,22 @@ def test_a_child_says_the_same_and_leaves_with_the_code(ink: Path, tmp_path: Pat
     assert absent.returncode == 1
     assert "nowhere.safetensors" in absent.stderr
     assert "Traceback" not in absent.stderr
+
+
+def test_who_reads_it_otherwise_is_said(
+    ink: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = read_adapter(ink)
+    dora = write_adapter(adapter(dora=True), tmp_path / "dora.safetensors")
+    for source, out, spelling in ((ink, "a", "kohya"), (dora, "b", "kohya"), (ink, "c", "diffusers")):
+        assert launch.main(["--convert", str(source), str(tmp_path / out), "--to", spelling]) == 0
+        said = [
+            line for line in capsys.readouterr().out.splitlines() if line.startswith("in other programs: ")
+        ]
+        own = cautions(plain if source == ink else read_adapter(dora), spelling)
+        assert said == [f"in other programs: {caution}" for caution in own]
+        assert any("DoRA along outputs" in line for line in said) is (source == dora)
+    assert any("InvokeAI" in line for line in said)
 
 
 # --- what is written, and what is not ------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from lora_core.changes import apart
 from lora_core.errors import ConfigError
 from lora_core.facts import Facts, kind_name
 from lora_core.formats import read_adapter, write_adapter
+from lora_core.formats.cautions import cautions
 from lora_core.formats.files import headers_of, written_at
 from lora_core.formats.metadata import HASHES
 from lora_core.looking import few
@@ -102,10 +103,11 @@ def size_of(path: Path) -> int:
 
 
 def written(out: Out, made: Adapter, before: Weighted, layers: Layers | None = None) -> Iterator[str]:
-    """Write it, read it back, and say what it is and how far from `before` it is."""
+    """Write it, read it back, and say what it is, how far from `before` it is, and who reads it otherwise."""
     path, back = out.write(made)
     yield f"wrote {described(back, path)}"
     yield error_of(before, back, layers)
+    yield from (f"in other programs: {caution}" for caution in cautions(back, out.spelling))
 
 
 def error_of(before: Weighted, back: Adapter, layers: Layers | None) -> str:
