@@ -106,7 +106,7 @@ def test_it_costs_two_steps_of_the_largest_batch(
     sizes = [n * h * w for n, _, h, w in asked[0]]
     assert sum(n for n, *_ in asked[0]) == found.pictures == 4
     assert max(sizes) >= 2 * 8 * 8
-    assert found.total_s == pytest.approx(6 * found.step_s, rel=0.01)
+    assert found.total_s == pytest.approx(6 * found.step_s, abs=0.051)  # said to a tenth
     assert found.memory > 0
     assert found.memory_total > found.memory
 
