@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         "--tell": tell,
         "--import-preset": import_preset,
         "--list-presets": list_presets,
+        "--list-settings": list_settings,
         "--generate": generate,
     }
     try:
@@ -82,6 +83,13 @@ def list_presets(args: argparse.Namespace) -> int:
 
     for name, path, description in presets.list_presets():
         print(f"{name:16} {description}\n{'':16} {path}")
+    return DONE
+
+
+def list_settings(args: argparse.Namespace) -> int:
+    from trainers.settings_list import listed
+
+    print("\n".join(listed(args.list_settings)))
     return DONE
 
 

@@ -85,6 +85,13 @@ GROUPS: dict[str, tuple[Command, ...]] = {
             ("--import-preset kohya.toml --out fox.toml",),
         ),
         Command("--list-presets", "", "the presets that come with LoRA Loom", options.list_presets),
+        Command(
+            "--list-settings",
+            "[TABLE]",
+            "every setting of a preset, with its default and its meaning",
+            options.list_settings,
+            ("--list-settings train",),
+        ),
     ),
     "pictures": (
         Command(

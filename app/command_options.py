@@ -85,6 +85,16 @@ def list_presets(p: Parser) -> None:
     p.add_argument("--list-presets", action="store_true", help="by name")
 
 
+def list_settings(p: Parser) -> None:
+    p.add_argument(
+        "--list-settings",
+        nargs="?",
+        const="",
+        metavar="TABLE",
+        help="of one table, such as train; without it, of all",
+    )
+
+
 def generate(p: Parser) -> None:
     p.add_argument(
         "--generate", nargs="?", const="", metavar="RECIPE", help="a TOML file; each flag overrides it"

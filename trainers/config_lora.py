@@ -7,12 +7,12 @@ from typing import ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from lora_core.adapter import COMPONENTS
 from lora_core.config import LoraConfig
 from lora_core.errors import ConfigError
 from trainers.config_table import AnyPath, Numbers, Ranges, Strings, Table
 
 Value = TypeVar("Value")
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")  # adapter.COMPONENTS, without loading torch for it
 TEXT_ENCODER_GROUPS = ("attention", "feed-forward", "all-linear", "all-linear+conv")  # CLIP has these
 
 

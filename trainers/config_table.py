@@ -19,6 +19,9 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from lora_core.errors import ConfigError, did_you_mean
+from trainers.setting_names import near
+
+LIST_COMMAND = "python launch.py --list-settings"
 
 _DEVICE_NAMES = re.compile(
     r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE
@@ -138,11 +141,11 @@ def _sentence(error: Any, table: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in (prefix, key, *inside) if part != "")
     kind, found, facts = error["type"], error["input"], error.get("ctx", {})
     if kind == "extra_forbidden":
-        known = ", ".join(table.model_fields)
-        home = f"[{prefix}]" if prefix else "The top of a preset"
-        close = did_you_mean(str(key), table.model_fields)
-        hint = close if "Did you mean" in close else ""
-        return f"There is no setting {where}.{hint} {home} knows: {known}."
+        close = near(str(key), prefix, _settings())
+        if close:
+            *others, last = close
+            return f"There is no setting {where}. Did you mean {', '.join(others) + ' or ' if others else ''}{last}?"
+        return f"There is no setting {where}. {LIST_COMMAND}{' ' + prefix if prefix else ''} shows all there are."
     if kind == "missing":
         return f"The setting {where} is missing. {_meaning(table, str(key))}".strip()
     if kind in _TYPES:
@@ -158,6 +161,17 @@ def _sentence(error: Any, table: type[BaseModel]) -> str:
     if kind == "string_too_short":
         return f"{where} is empty. {_meaning(table, str(key))}".strip()
     return f"{where} = {_shown(found)} {error['msg'][:1].lower()}{error['msg'][1:]}."
+
+
+def _settings() -> dict[str, list[str]]:
+    """Table -> its settings, "" the top, of all tables there are."""
+    kinds, found = list(Table.__subclasses__()), {}
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        if kind.table or kind.tables():  # not what tables are made of
+            found[kind.table] = list(kind.model_fields)
+    return found
 
 
 def _meaning(table: type[BaseModel], key: str) -> str:

@@ -6,10 +6,9 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lora_core.adapter import COMPONENTS
 from lora_core.errors import ConfigError
 from lora_core.unet_blocks import check_named
-from trainers.config_lora import check_components, of_component
+from trainers.config_lora import COMPONENTS, check_components, of_component
 from trainers.config_table import Count, Positive, Table
 
 

@@ -13,7 +13,9 @@ from lora_core.errors import ConfigError
 from lora_core.targets import find_targets
 from tests.small_models import small_pipeline
 from trainers.config import LoraSettings, TrainConfig, TrainSettings
+from trainers.config_data import DatasetSettings
 from trainers.diffusion import WEIGHTINGS
+from trainers.setting_names import COUNTERPARTS
 
 
 def config(**changes: Any) -> TrainConfig:
@@ -62,12 +64,13 @@ WRONG = [
     ({"train": {"learning_rate": 0.0}}, "train.learning_rate = 0.0 must be more than 0"),
     ({"train": {"gradient_checkpointing": 1}}, "train.gradient_checkpointing = 1 must be true or false."),
     ({"train": {"loss_weighting": "min-snr"}}, 'Did you mean "min_snr"? Known: uniform, min_snr'),
+    ({"train": {"stepz": 1}}, "There is no setting train.stepz. Did you mean train.steps?"),
     (
-        {"train": {"stepz": 1}},
-        'There is no setting train.stepz. Did you mean "steps"? [train] knows: steps, ',
+        {"train": {"zzz": 1}},
+        "There is no setting train.zzz. python launch.py --list-settings train shows all there are.",
     ),
-    ({"train": {"zzz": 1}}, "There is no setting train.zzz. [train] knows: steps, "),
-    ({"bse": "x"}, 'There is no setting bse. Did you mean "base"? The top of a preset knows: name, base, '),
+    ({"zzz": 1}, "There is no setting zzz. python launch.py --list-settings shows all there are."),
+    ({"bse": "x"}, "There is no setting bse. Did you mean base?"),
     ({"lora": {"rank": 0}}, "[lora] rank = 0 is out of range"),
     ({"lora": {"rank_pattern": {"to_q": 0}}}, "[lora] rank_pattern.to_q = 0 is out of range"),
     ({"lora": {"rank_pattern": {"(": 4}}}, '[lora] rank_pattern: "(" is no regular expression'),
@@ -126,7 +129,58 @@ def test_every_mistake_of_a_table_is_named_at_once() -> None:
         TrainSettings(**{"steps": "x", "batch_size": 0, "scedule": "cosine"})
     said = str(problem.value).splitlines()
     assert len(said) == 3
-    assert ["train.steps" in said[0], "train.batch_size" in said[1], '"schedule"' in said[2]] == [True] * 3
+    assert ["train.steps" in said[0], "train.batch_size" in said[1], "train.schedule?" in said[2]] == [
+        True
+    ] * 3
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "ours"),
+    [
+        # as other trainers call it, wherever it is written
+        ("train", "lr", "train.learning_rate"),
+        ("train", "max_train_steps", "train.steps"),
+        ("", "network_dim", "lora.rank"),
+        ("train", "network_dim", "lora.rank"),
+        ("lora", "unet_lr", "train.learning_rate"),
+        ("train", "text_encoder_lr", "train.text_encoder_learning_rate"),
+        ("train", "train_batch_size", "train.batch_size"),
+        ("data", "flip_aug", "data.flip"),
+        ("data", "num_repeats", "dataset.repeats"),
+        ("train", "clip_grad_norm", "train.max_grad_norm"),
+        ("lora", "LoRA_type", "lora.kind"),
+        ("train", "max_train_step", "train.steps"),
+        # right, in the wrong table
+        ("", "resolution", "data.resolution"),
+        ("train", "resolution", "data.resolution"),
+        ("lora", "learning_rate", "train.learning_rate"),
+        ("train", "masks", "data.masks"),
+        # nearly right; at most three
+        ("data", "trainlearning_rate", "train.learning_rate"),
+        (
+            "train",
+            "text_encoder_rate",
+            "train.text_encoder_stop, train.text_encoder_learning_rate or train.text_encoder_2_stop",
+        ),
+    ],
+)
+def test_an_unknown_setting_is_answered_with_what_it_may_mean(table: str, key: str, ours: str) -> None:
+    with pytest.raises(ConfigError) as problem:
+        config(**({table: {key: 1}} if table else {key: 1}))
+    name = f"{table}.{key}".lstrip(".")
+    assert str(problem.value) == f"There is no setting {name}. Did you mean {ours}?"
+
+
+def test_a_folders_own_setting_is_suggested_to_a_folder() -> None:
+    with pytest.raises(ConfigError, match=r"no setting dataset.flip_aug. Did you mean dataset.flip\?"):
+        TrainConfig(name="x", dataset=[{"images": "a", "flip_aug": True}])  # type: ignore[arg-type, list-item]
+
+
+def test_every_counterpart_is_a_setting_that_there_is() -> None:
+    tables = {"": TrainConfig, "dataset": DatasetSettings, **TrainConfig.tables()}
+    for name in COUNTERPARTS.values():
+        table, _, key = name.rpartition(".")
+        assert key in tables[table].model_fields, name
 
 
 def test_missing_settings_are_named_with_their_meaning() -> None:

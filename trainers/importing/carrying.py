@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
+from trainers.setting_names import COUNTERPARTS
+
 NOTHING: tuple[Any, ...] = (
     None,
     "",
@@ -20,6 +22,11 @@ NOTHING: tuple[Any, ...] = (
 )  # switched off, there as here
 Value = TypeVar("Value")
 Rule = tuple[str, Callable[[Any], Any]]  # our setting, and how the value is read
+
+
+def counterparts(readers: Mapping[str, Callable[[Any], Any]]) -> dict[str, Rule]:
+    """Of what has one setting of ours of the same meaning and unit: how the value is read."""
+    return {name: (COUNTERPARTS[name], reader) for name, reader in readers.items()}
 
 
 class Carrying:

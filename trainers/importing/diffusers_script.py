@@ -11,23 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from trainers.folders import picture_files
-from trainers.importing.carrying import Carrying, Rule, is_yes, text, whole
+from trainers.importing.carrying import Carrying, counterparts, is_yes, text, whole
 from trainers.importing.reading import Given
 from trainers.importing.shared import PRECISIONS, carry_base, carry_name, carry_optimizer, carry_schedule
 
-RULES: dict[str, Rule] = {
-    "rank": ("lora.rank", whole),
-    "lora_alpha": ("lora.alpha", float),
-    "lora_dropout": ("lora.dropout", float),
-    "seed": ("seed", whole),
-    "instance_data_dir": ("data.images", text),
-    "instance_prompt": ("data.prompt", text),
-    "random_flip": ("data.flip", is_yes),
-    "gradient_accumulation_steps": ("train.gradient_accumulation", whole),
-    "gradient_checkpointing": ("train.gradient_checkpointing", is_yes),
-    "adam_weight_decay": ("train.weight_decay", float),
-    "max_grad_norm": ("train.max_grad_norm", float),
-}
+RULES = counterparts(
+    {
+        "rank": whole,
+        "lora_alpha": float,
+        "lora_dropout": float,
+        "seed": whole,
+        "instance_data_dir": text,
+        "instance_prompt": text,
+        "random_flip": is_yes,
+        "gradient_accumulation_steps": whole,
+        "gradient_checkpointing": is_yes,
+        "adam_weight_decay": float,
+        "max_grad_norm": float,
+    }
+)
 _IDLE = """
     enable_xformers_memory_efficient_attention dataloader_num_workers allow_tf32 report_to logging_dir
     push_to_hub hub_token hub_model_id local_rank prior_generation_precision sample_batch_size
@@ -113,13 +115,7 @@ def _data(c: Carrying, *, sdxl: bool) -> None:
         c.set("train.cache_latents", False)
     c.set("train.batch_size", c.whole("train_batch_size", 4))
     if c.yes("with_prior_preservation"):
-        c.apply(
-            {
-                "class_data_dir": ("data.class_images", text),
-                "class_prompt": ("data.class_prompt", text),
-                "prior_loss_weight": ("data.prior_weight", float),
-            }
-        )
+        c.apply(counterparts({"class_data_dir": text, "class_prompt": text, "prior_loss_weight": float}))
         c.set("data.class_count", c.whole("num_class_images", 100))
     c.take("prior_loss_weight")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.importing import kohya_data, kohya_network
-from trainers.importing.carrying import Carrying, Rule, finite, is_yes, text, whole
+from trainers.importing.carrying import Carrying, Rule, counterparts, finite, is_yes, text, whole
 from trainers.importing.reading import Given
 from trainers.importing.shared import (
     PRECISIONS,
@@ -20,16 +20,18 @@ from trainers.importing.shared import (
     carry_schedule,
 )
 
-RULES: dict[str, Rule] = {
-    "seed": ("seed", whole),
-    "gradient_accumulation_steps": ("train.gradient_accumulation", whole),
-    "gradient_checkpointing": ("train.gradient_checkpointing", is_yes),
-    "prior_loss_weight": ("data.prior_weight", finite),
-    "network_weights": ("lora.start_from", text),
-    "save_every_n_steps": ("save.every", whole),
-    "noise_offset": ("train.noise_offset", finite),
-    "ip_noise_gamma": ("train.input_perturbation", finite),
-}
+RULES = counterparts(
+    {
+        "seed": whole,
+        "gradient_accumulation_steps": whole,
+        "gradient_checkpointing": is_yes,
+        "prior_loss_weight": finite,
+        "network_weights": text,
+        "save_every_n_steps": whole,
+        "noise_offset": finite,
+        "ip_noise_gamma": finite,
+    }
+)
 # about how that program runs, or what ours takes from the base itself
 _IDLE = """
     xformers sdpa mem_eff_attn cache_latents cache_latents_to_disk vae_batch_size lowram highvram lowvram

@@ -12,19 +12,21 @@ from typing import Any
 
 from lora_core.errors import ConfigError
 from trainers.folders import kohya_folders, picture_files
-from trainers.importing.carrying import Carrying, Rule, finite, is_yes, text, whole
+from trainers.importing.carrying import Carrying, counterparts, finite, is_yes, text, whole
 from trainers.importing.reading import table_of, text_of
 
-FOLDER_RULES: dict[str, Rule] = {  # of each folder
-    "shuffle_caption": ("shuffle_tags", is_yes),
-    "keep_tokens": ("keep_tokens", whole),
-    "caption_dropout_rate": ("caption_dropout", finite),
-    "caption_tag_dropout_rate": ("tag_dropout", finite),
-    "flip_aug": ("flip", is_yes),
-    "alpha_mask": ("masked_loss", is_yes),
-    "class_tokens": ("prompt", text),
-    "num_repeats": ("repeats", whole),
-}
+FOLDER_RULES = counterparts(  # of each folder
+    {
+        "shuffle_caption": is_yes,
+        "keep_tokens": whole,
+        "caption_dropout_rate": finite,
+        "caption_tag_dropout_rate": finite,
+        "flip_aug": is_yes,
+        "alpha_mask": is_yes,
+        "class_tokens": text,
+        "num_repeats": whole,
+    }
+)
 DATASET_ONLY = (
     "resolution",
     "batch_size",
@@ -191,7 +193,9 @@ def _subset(c: Carrying, subset: Mapping[str, Any], *, several: bool) -> dict[st
 
 def _folder(c: Carrying, given: Mapping[str, Any], table: str) -> None:
     inner = Carrying({k: v for k, v in given.items() if k not in UNSEEN})
-    inner.apply({name: (f"{table}.{key}", read) for name, (key, read) in FOLDER_RULES.items()})
+    inner.apply(
+        {name: (f"{table}.{to.partition('.')[2]}", read) for name, (to, read) in FOLDER_RULES.items()}
+    )
     found = inner.preset.get(table, {})
     found = {k: v for k, v in found.items() if v not in (False, 0, 0.0, "")}
     c.preset.setdefault(table, {}).update(found)
