@@ -18,7 +18,7 @@ WIDTH = 110
 
 def listed(wanted: str = "") -> list[str]:
     """The lines to print, of one table or of all. Raises ConfigError for a table that does not exist."""
-    tables = {"": TrainConfig, **TrainConfig.tables(), "dataset": DatasetSettings}
+    tables: dict[str, type[Table]] = {"": TrainConfig, **TrainConfig.tables(), "dataset": DatasetSettings}
     if wanted and wanted not in tables:
         raise ConfigError(f"A preset has no table [{wanted}].{did_you_mean(wanted, filter(None, tables))}")
     lines: list[str] = []
