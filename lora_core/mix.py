@@ -35,6 +35,7 @@ __all__ = [
 
 _HALVES = ("both", "conditional")
 _KNOWN = (*COMPONENTS, "blocks", "curve", "half")
+BLOCKS = 1024  # of one LoRA; as many expressions are kept compiled
 
 Curve = tuple[tuple[float, float], ...]
 
@@ -44,7 +45,8 @@ class AdapterWeight:
     """One LoRA's weights: per component, and for single UNet blocks in place of the component's.
 
     blocks  keys: "down", "down.1", "mid", "up.2", with ".attn" or ".res" for only the attentions or the resnets
-            of it; anything else is a regular expression matched anywhere in the path. The longest matching key wins.
+            of it; anything else is a regular expression matched anywhere in the path, of which those that could be slow
+            are refused. The longest matching key wins.
     curve   (progress, factor) points, progress increasing within 0..1: 0 is the first step's call of the UNet, 1 the
             last one's. Straight lines between the points, constant outside them, none at all is 1. Multiplies
             every weight in the UNet, blocks included; text encoders run before the denoising and never see it.
@@ -271,6 +273,8 @@ def _number(what: str, value: Any) -> float:
 def _blocks(name: str, value: Any) -> dict[str, float]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ConfigError(f'Weight {name}.blocks = {value!r} is no table. Write it as {{"down.1": 0.5}}.')
+    if len(value) > BLOCKS:
+        raise ConfigError(f"Weight {name}.blocks names {len(value)} blocks. Name at most {BLOCKS}.")
     for key in value:
         block_pattern(key)  # a bad expression is refused here, not in the middle of an image
     return {key: _number(f"{name}.blocks.{key}", weight) for key, weight in value.items()}
