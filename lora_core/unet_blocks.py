@@ -111,7 +111,7 @@ def _ways_of(kind: str, value: Any) -> float:
     most = min(int(value[1]), _DIGITS if str(inner) in _DIGIT else _LENGTH)
     if ways == 1:  # it may end after any of them
         return max(1.0, most - least + 1.0)
-    return 2.0 ** min(most * math.log2(ways), 99)
+    return math.exp2(min(most * math.log2(ways), 99))
 
 
 def _begins(kind: Any, value: Any) -> bool:
