@@ -10,6 +10,7 @@ BENCHMARKS = {
     "method": "DoRA, combining and attaching, beside PEFT",
     "files": "opening LoRA files and looking at them, beside the safetensors library",
     "train": "steps, memory and losses of a training, beside diffusers + PEFT",
+    "likeness": "what trainings teach and what they spoil, beside diffusers + PEFT (hours)",
 }
 
 

@@ -197,19 +197,19 @@ def quiet() -> Iterator[None]:
     """Without the peer's log lines and progress bars: writing them would be timed, and hide the table."""
     libraries = (diffusers.utils.logging, transformers.utils.logging)
     before = [library.get_verbosity() for library in libraries]
-    bars = transformers.utils.logging.is_progress_bar_enabled()
+    bars = [library.is_progress_bar_enabled() for library in libraries]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for library in libraries:
             library.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
+            library.disable_progress_bar()
         try:
             yield
         finally:
-            for library, level in zip(libraries, before, strict=True):
+            for library, level, bar in zip(libraries, before, bars, strict=True):
                 library.set_verbosity(level)
-            if bars:
-                transformers.utils.logging.enable_progress_bar()
+                if bar:
+                    library.enable_progress_bar()
 
 
 def machine() -> dict[str, str]:

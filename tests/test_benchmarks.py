@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import files, method, swap, train
+from benchmarks import files, likeness, method, swap, train
+from benchmarks.likeness_runs import SPACES, Setting
 from benchmarks.measure import Row, fastest, figure, interleaved, operations, table
+from benchmarks.train_sides import Ours, Peer
+from lora_core import LivePipeline, attach, collect, detach, write_adapter
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -78,6 +81,95 @@ def test_every_row_of_the_training_is_in_the_table(
     assert all(row.met for row in rows if row.name == "losses")  # no timing: both sides did the same work
     printed = capsys.readouterr().out
     assert all(f"\n| {row.name} | {row.what} |" in printed for row in rows)
+
+
+def test_every_row_of_the_likeness_is_in_the_table_and_nothing_is_trained_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept, report = tmp_path / "kept", tmp_path / "likeness.json"
+    arguments = ["--size", "tiny", "--seeds", "1", "--kept", str(kept), "--json", str(report)]
+    rows = likeness.main(arguments)
+    assert [row.name for row in rows] == ["reference"] * 7 + ["class-free"] * 7
+    for row in rows:
+        assert math.isfinite(row.ours or math.nan), row
+        assert row.met is not None or row.what == "named backgrounds obeyed"
+    printed = capsys.readouterr().out
+    assert all(f"\n| {row.name} | {row.what} |" in printed for row in rows)
+    written = json.loads(report.read_text(encoding="utf-8"))
+    base, likes, moved = (
+        {side: found[0][f"{what} latent"] for side, found in written["figures"].items()}
+        for what in ("base", "likeness", "drift")
+    )
+    assert set(base.values()) == {base["ours"]}  # one judge
+    assert base["ours"] not in likes.values()  # each file does something
+    assert all(moved.values())
+    assert len(set(likes.values())) == 3
+    files = {path: path.stat().st_mtime_ns for path in kept.glob("*.safetensors")}
+    assert len(files) == 3
+    assert likeness.main(arguments) == rows
+    assert {path: path.stat().st_mtime_ns for path in kept.glob("*.safetensors")} == files
+
+
+def test_likeness_is_judged_by_paired_differences() -> None:
+    ours, peer = [0.30, 0.42, 0.54], [0.29, 0.40, 0.51]
+    apart, error = likeness.difference(ours, peer)
+    assert (apart, error) == pytest.approx((0.02, 0.01 / math.sqrt(3)))
+    found = {
+        side: [
+            {f"{what} {space}": value for what in (*likeness.MEASURED, "base") for space in SPACES}
+            | {"obedience": 0.5}
+            for value in values
+        ]
+        for side, values in {"ours": ours, "reference": peer, "class-free": [0.31, 0.44, 0.57]}.items()
+    }
+    assert [row.met for row in likeness.against_reference(found)] == [False] * 6 + [None]
+    alike = found | {"reference": found["ours"]}
+    assert [row.met for row in likeness.against_reference(alike)] == [True] * 6 + [None]
+    free = list(likeness.without_class(found))
+    assert free[0].ratio == pytest.approx(1.32 / 1.26)  # 4.8 % more
+    assert [row.met for row in free] == [True] * 6 + [None]
+
+
+def test_both_sides_of_the_likeness_take_the_same_steps(tmp_path: Path) -> None:
+    """From one LoRA, with one picture and one of the class there is nothing to shuffle: the same draws, v targets and
+    prior, so the same losses but for rounding."""
+    setting = Setting(("fox",), 1, 10, True, tmp_path, tmp_path)
+    config = setting.preset("fox", 0)
+    assert config.data.images is not None
+    for name, picture in zip(("own", "class"), sorted(config.data.images.glob("*.png")), strict=False):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(picture.read_bytes())
+    start = tmp_path / "start.safetensors"
+    pipe = LivePipeline.open("demo")
+    form = attach(
+        {name: pipe.models[name] for name in ("unet", "text_encoder")},
+        {name: config.lora.lora_config(name) for name in ("unet", "text_encoder")},
+        generator=torch.Generator().manual_seed(1),
+    )
+    write_adapter(collect(form), start, spelling="kohya")
+    detach(form)
+    data = {
+        "images": tmp_path / "own",
+        "class_images": tmp_path / "class",
+        "class_count": 0,
+        "prior_weight": 0.5,
+    }
+    wanted = config.model_copy(
+        update={
+            "data": config.data.model_copy(update={**data, "prompt": "a zxq animal"}),
+            "lora": config.lora.model_copy(update={"start_from": start}),
+            "train": config.train.model_copy(
+                update={"batch_size": 1, "schedule": "constant", "warmup_steps": 0}
+            ),
+        }
+    )
+    ours, peer = Ours(wanted), Peer(wanted)
+    for _ in range(3):
+        ours.step()
+        peer.step()
+    ours.close()
+    assert ours.losses == pytest.approx(peer.losses, rel=1e-4)
+    assert len(set(ours.losses)) == 4
 
 
 def test_an_unknown_row_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
