@@ -1,6 +1,7 @@
 """The names a UNet's blocks go by: "down", "down.1", "mid", "up.2", with ".attn" or ".res" for only the attentions or
-the resnets of it. Anything else is a regular expression, found anywhere in a layer's path inside the UNet. A picture or
-a mix from elsewhere may bring one along, so only such as are looked for in a moment are taken.
+the resnets of it, and ".attn.0" for the first of them. Anything else is a regular expression, found anywhere in a
+layer's path inside the UNet. A picture or a mix from elsewhere may bring one along, so only such as are looked for in a
+moment are taken.
 
 Where blocks are trained with ranks and rates of their own, a text encoder has some too: "layers.3". There only names
 count, and of several that hold for a layer the longest decides.
@@ -17,7 +18,7 @@ from typing import Any
 
 from lora_core.errors import ConfigError
 
-_BLOCK = re.compile(r"(?:(down|up)(?:\.(\d+))?|(mid))(?:\.(attn|res))?")
+_BLOCK = re.compile(r"(?:(down|up)(?:\.(\d+))?|(mid))(?:\.(attn|res)(?:\.(\d+))?)?")
 _LAYER = re.compile(r"layers\.(\d+)")
 _PLACE = re.compile(r"(?:(down|up)_blocks\.(\d+)|(mid)_block)\.")
 _INSIDE = {"attn": "attentions.", "res": "resnets."}
@@ -66,9 +67,9 @@ def block_pattern(key: str) -> re.Pattern[str]:
     """Raises ConfigError for what is no block's name and no regular expression, or for one that could take hours."""
     named = _BLOCK.fullmatch(key)
     if named:
-        side, number, mid, inside = named.groups()
+        side, number, mid, inside, which = named.groups()
         block = "mid_block" if mid else f"{side}_blocks" + rf"\.{number if number else '[0-9]+'}"
-        return re.compile(rf"^{block}\.{_INSIDE.get(inside, '')}")
+        return re.compile(rf"^{block}\.{_INSIDE.get(inside, '')}" + (rf"{which}\." if which else ""))
     try:
         pattern, slow = re.compile(key), _ways(_parser.parse(key), float(_LENGTH)) > _WAYS
     except (re.error, RecursionError, OverflowError) as problem:
@@ -125,8 +126,8 @@ def overlap(one: str, other: str) -> str | None:
     first, second = _BLOCK.fullmatch(one), _BLOCK.fullmatch(other)
     if first is None or second is None:
         return None
-    shared = []  # down or up, mid, number, attn or res
-    for x, y in zip(first.group(1, 3, 2, 4), second.group(1, 3, 2, 4), strict=True):
+    shared = []  # down or up, mid, number, attn or res, which of them
+    for x, y in zip(first.group(1, 3, 2, 4, 5), second.group(1, 3, 2, 4, 5), strict=True):
         if x and y and x != y:
             return None
         shared.append(x or y)

@@ -87,7 +87,8 @@ class LoraSettings(Table):
     """End of a module path (may be a regular expression) -> its own alpha."""
     ranks: dict[str, int] = Field(default_factory=dict)
     """Component or block -> its own rank: { "unet.down.1" = 8, "unet.up.2.attn" = 32, "text_encoder" = 4,
-    "text_encoder.layers.3" = 2 }. The longest name that holds decides; 0 leaves a block out."""
+    "text_encoder.layers.3" = 2 }, or "unet.down.1.attn.0", one attention. The longest name that holds decides; 0 leaves
+    a block out."""
     alphas: dict[str, float] = Field(default_factory=dict)
     """Component or block -> its own alpha, named as in `ranks`."""
     new_tokens: dict[str, str | int] = Field(default_factory=dict)

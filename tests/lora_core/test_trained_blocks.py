@@ -52,6 +52,29 @@ def test_every_layer_has_the_rank_and_alpha_of_its_block() -> None:
     assert set(Counter(rank for rank, _ in found.values())) == {2, 3, 4, 6, 7, 8}
 
 
+def test_one_attention_or_resnet_of_a_block_may_have_its_own() -> None:
+    config = LoraConfig(
+        rank=4,
+        targets=("attention", "conv"),
+        block_ranks={"down.1.attn.0": 2, "down.1": 3, "mid.res.1": 5, "up.res.0": 6, "down.2.attn.1": 0},
+        block_alphas={"mid.res.1": 1.5},
+    )
+    found = ranks_of(config)
+    wanted = {
+        "down_blocks.1.attentions.0.": (2, 2.0),
+        "down_blocks.1.": (3, 3.0),
+        "mid_block.resnets.1.": (5, 1.5),
+        **{f"up_blocks.{b}.resnets.0.": (6, 6.0) for b in range(4)},
+        "": (4, 4.0),
+    }
+    assert found == {path: next(wanted[key] for key in wanted if path.startswith(key)) for path in found}
+    assert not [path for path in found if path.startswith("down_blocks.2.attentions.1.")]
+    assert [path for path in found if path.startswith("down_blocks.2.attentions.0.")]
+    with pytest.raises(ConfigError, match=r'both hold for "down.1.attn.0"'):
+        LoraConfig(block_ranks={"down.1.attn": 2, "down.attn.0": 4})
+    LoraConfig(block_ranks={"down.1.attn": 2, "down.attn.0": 4, "down.1.attn.0": 8})
+
+
 @pytest.mark.parametrize(("component", "family"), [("text_encoder", "sd1"), ("text_encoder_2", "sdxl")])
 def test_a_text_encoders_layers_have_their_own(component: str, family: str) -> None:
     """transformers 5 spells the two encoders differently."""

@@ -88,10 +88,12 @@ def carry_arguments(given: Given, settings: dict[str, Any]) -> Carrying:
     if c.yes("v_parameterization"):
         c.set("prediction", "v_prediction")
     c.apply(RULES)
-    kohya_network.carry(c)
+    blocks = kohya_network.carry(c, sdxl=_is_sdxl(c, given.script))
     data = kohya_data.carry(c, given.folder)
     _precision(c)
     _rates(c)
+    if blocks is not None:
+        blocks.carry_rates(c)
     _stop(c)
     _length(c, data)
     _loss(c)
@@ -102,6 +104,11 @@ def carry_arguments(given: Given, settings: dict[str, Any]) -> Carrying:
         c.leave_if(name, why, harmless=harmless)
     c.finish(IDLE)
     return c
+
+
+def _is_sdxl(c: Carrying, script: str) -> bool:
+    """By the script, the GUI's field or the base's name; where lists of blocks are given, their length says it."""
+    return script.startswith("sdxl") or _is_on(c, "sdxl") or "xl" in str(c.preset["base"]).lower()
 
 
 def _precision(c: Carrying) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from trainers.importing import kohya_blocks
 from trainers.importing.carrying import Carrying, finite, is_yes
+from trainers.importing.kohya_blocks import Blocks, Shape
 
 # every linear layer and 1x1 convolution of a Transformer2DModel
 TRANSFORMERS = ["attention", "feed-forward", "projection"]
@@ -49,14 +51,23 @@ DEFAULTS = {  # of network_args, which many files spell out
     "verbose": (False, True),
     "train_on_input": (False,),
 }
+LEFT = {
+    "rank_dropout": "lora.dropout drops what a layer is given",
+    "module_dropout": "lora.dropout drops what a layer is given",
+    "use_tucker": "3x3 convolutions have two factors",
+    "use_scalar": "the up factor begins at 0 without it",
+    "train_norm": 'set lora.modules_to_save, such as ["norm1", "norm2", "norm3"]',
+}
 
 
-def carry(c: Carrying) -> None:
+def carry(c: Carrying, *, sdxl: bool) -> Blocks | None:
+    """-> what is told by block, for its rates."""
     module = str(c.take("network_module", default="networks.lora"))
     given = network_args(c.given.pop("network_args", None))
     rank = c.whole("network_dim") or 4
     alpha = c.number("network_alpha", 1.0) or float(rank)
     dropout = c.number("network_dropout") or 0.0
+    blocks = None
     c.set("lora.rank", rank)
     c.set("lora.alpha", alpha)
     if module.startswith("lycoris"):
@@ -69,7 +80,13 @@ def carry(c: Carrying) -> None:
         convolutions = _plain(c, module, given)
         conv_rank = int(_number(given.pop("conv_dim", 0)))
         conv_alpha = _number(given.pop("conv_alpha", None)) or 1.0
-    if convolutions and conv_rank and (conv_rank, conv_alpha) != (rank, alpha):
+        blocks = kohya_blocks.carry(c, given, Shape(rank, alpha, conv_rank, conv_alpha), sdxl=sdxl)
+    if (
+        "rank_pattern" not in c.preset["lora"]
+        and convolutions
+        and conv_rank
+        and (conv_rank, conv_alpha) != (rank, alpha)
+    ):
         c.set("lora.rank_pattern", {KXK: conv_rank})
         c.set("lora.alpha_pattern", {KXK: conv_alpha})
     if dropout:
@@ -80,16 +97,24 @@ def carry(c: Carrying) -> None:
     _loraplus(c, given)
     for name, value in given.items():
         if not _harmless(name, value):
-            c.leave(f"network_args {name}", value)
+            c.leave(f"network_args {name}", value, LEFT.get(name, ""))
+    return blocks
 
 
 def network_args(given: Any) -> dict[str, str]:
-    """["conv_dim=4", "algo=loha"], or all in one text, or a table -> by name."""
+    """["conv_dim=4", "algo=loha"], or all in one text, or a table -> by name. block_dims=2, 4 is a list too"""
     if isinstance(given, dict):
-        return {str(name): str(value) for name, value in given.items()}
+        lists = {k: ",".join(map(str, v)) for k, v in given.items() if isinstance(v, list)}
+        return {str(name): str(value) for name, value in {**given, **lists}.items()}
     parts = given if isinstance(given, list) else [given if isinstance(given, str) else ""]
-    words = [word for part in parts for word in str(part).split()]
-    return {name: value.strip("\"'") for name, _, value in (word.partition("=") for word in words) if name}
+    found: dict[str, str] = {}
+    name = ""
+    for word in (word for part in parts for word in str(part).split()):
+        start, equals, value = word.partition("=")
+        name = start if equals else name
+        if name:
+            found[name] = (value if equals else found[name] + word).strip("\"'[]")
+    return found
 
 
 def _plain(c: Carrying, module: str, given: dict[str, str]) -> bool:
@@ -98,7 +123,7 @@ def _plain(c: Carrying, module: str, given: dict[str, str]) -> bool:
         c.leave("network_module", module, "a plain LoRA is trained")
     elif module != "networks.lora":
         c.change("network_module", module, "a plain LoRA here, of the same rank and layers")
-    convolutions = bool(_number(given.get("conv_dim", 0)))
+    convolutions = bool(_number(given.get("conv_dim", 0))) or kohya_blocks.has_convolutions(given)
     c.set("lora.init", "kaiming")
     c.set("lora.targets", [*TRANSFORMERS, *(RESNETS if convolutions else [])])
     c.set("lora.text_encoder_targets", ["attention", "feed-forward"])

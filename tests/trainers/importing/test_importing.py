@@ -13,37 +13,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lycoris.config import PRESET
 from lycoris.kohya import create_network
-from PIL import Image
 from torch import nn
 
 import launch
 from lora_core.errors import ConfigError
 from lora_core.targets import find_targets
 from tests.small_models import small_pipeline
+from tests.trainers.importing.foreign import LEAST, imported, photos
 from trainers import presets
 from trainers.config import TrainConfig
-from trainers.importing import Imported, import_preset
+from trainers.importing import import_preset
 from trainers.importing.reading import arguments
-
-LEAST = {
-    "pretrained_model_name_or_path": "owner/sd15",
-    "output_name": "fox",
-    "train_data_dir": "img",
-    "network_module": "networks.lora",
-}
-
-
-def imported(folder: Path, settings: dict[str, Any], name: str = "fox.json") -> Imported:
-    path = folder / name
-    path.write_text(json.dumps(settings), encoding="utf-8")
-    return import_preset(path)
-
-
-def photos(folder: Path, count: int) -> Path:
-    folder.mkdir(parents=True)
-    for i in range(count):
-        Image.new("RGB", (8, 8)).save(folder / f"{i}.png")
-    return folder
 
 
 def at(config: TrainConfig, setting: str) -> Any:
@@ -221,7 +201,8 @@ def sd_scripts_layers(unet: nn.Module, *, conv: bool) -> dict[str, tuple[int, fl
         ({"color_aug": True}, "color_aug = true"),
         ({"loss_type": "huber"}, 'loss_type = "huber"'),
         ({"zero_terminal_snr": True}, "zero_terminal_snr = true"),
-        ({"network_args": ["block_dims=1,2,3"]}, 'network_args block_dims = "1,2,3"'),
+        ({"network_args": ["block_dims=1,2,3"]}, 'network_args block_dims = "1,2,3" (it is not 25 numbers'),
+        ({"network_args": ["rank_dropout=0.1"]}, 'network_args rank_dropout = "0.1" (lora.dropout drops'),
         ({"network_module": "networks.oft"}, 'network_module = "networks.oft"'),
         ({"network_module": "lycoris.kohya", "network_args": ["algo=ia3"]}, 'network_args algo = "ia3"'),
         ({"network_module": "lycoris.kohya", "network_args": ["use_tucker=True"]}, "use_tucker"),
