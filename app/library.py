@@ -17,14 +17,14 @@ from pathlib import Path
 
 from app.safe_names import is_inside, safe_name
 from lora_core.adapter import COMPONENTS
+from lora_core.duplicates import digest_of, duplicates, likeness
 from lora_core.errors import FileRefused, LoraError, did_you_mean
 from lora_core.families import FAMILIES
 from lora_core.formats import describe_adapter
-from lora_core.formats.named import CONFIG as ALPHAS
 from lora_core.formats.said import facts_said, trigger_words
-from lora_core.looking import look
+from lora_core.looking import Look, look
 from lora_core.plain_text import plain
-from lora_core.safe_files import Header, read_header, sweep_partials, tensors_sha256, write_atomic
+from lora_core.safe_files import read_header, sweep_partials, write_atomic
 from lora_core.safe_header import PICKLE_NAMES
 
 SUFFIX = ".safetensors"
@@ -103,12 +103,12 @@ class Library:
         """
         shown = plain(re.split(r"[/\\]", filename)[-1]) or "The file"
         try:
-            header = _checked(uploaded, filename)
+            _check(uploaded, filename)
             describe_adapter(uploaded)
         except FileRefused as problem:
             raise FileRefused(str(problem).replace(uploaded.name, shown)) from problem
         with self._lock:
-            if same := self._same(header):
+            if same := self._same(uploaded):
                 uploaded.unlink(missing_ok=True)
                 return same
             target = self._free(safe_name(filename[: -len(SUFFIX)]))
@@ -149,21 +149,18 @@ class Library:
             base_model=plain(facts_said(found.metadata).get("base_model", "").removesuffix(SUFFIX)),
         )
 
-    def _same(self, header: Header) -> LoraFile | None:
-        """The LoRA with these very tensors. Alphas may stand in the metadata alone: they count too."""
-        digest = None
-        for file in self.loras():
-            if file.problem or file.path.is_dir():
-                continue
-            other = read_header(file.path)
-            if other.tensors != header.tensors or other.metadata.get(ALPHAS) != header.metadata.get(ALPHAS):
-                continue
-            digest = digest or tensors_sha256(header)
-            state = _state(file.path)
-            self._hashes[state] = self._hashes.get(state) or tensors_sha256(other)
-            if self._hashes[state] == digest:
-                return file
-        return None
+    def _same(self, uploaded: Path) -> LoraFile | None:
+        """The LoRA that this one is."""
+        new, files = look(uploaded), {file.path: file for file in self.loras() if not file.problem}
+        alike = [found for path in files if (found := look(path)).facts and likeness(found) == likeness(new)]
+        same = next((group for group in duplicates([new, *alike], self._digest) if new in group), ())
+        return next((files[found.path] for found in same if found is not new), None)
+
+    def _digest(self, found: Look) -> str:
+        """Read once for each state of a file: there may be hundreds alike."""
+        state = _state(found.path)
+        self._hashes[state] = self._hashes.get(state) or digest_of(found)
+        return self._hashes[state]
 
     def _free(self, name: str) -> Path:
         """A name that no file has, on disks that do not tell Cat from cat either."""
@@ -175,17 +172,16 @@ class Library:
         return self.lora_folder / f"{candidate}{SUFFIX}"
 
 
-def _checked(uploaded: Path, filename: str) -> Header:
-    """The header of an upload that is a plain .safetensors file. Raises FileRefused."""
+def _check(uploaded: Path, filename: str) -> None:
+    """Raises FileRefused for what is no plain .safetensors file."""
     if uploaded.is_symlink():
         raise FileRefused(f"{uploaded.name} is a link; the file itself was expected.")
-    header = read_header(uploaded)
+    read_header(uploaded)
     if not filename.lower().endswith(SUFFIX):
         raise FileRefused(
             f"{uploaded.name} does not end in {SUFFIX}; LoRAs are read from {SUFFIX} files alone. Rename it if it "
             "is one."
         )
-    return header
 
 
 def _name(path: Path, folder: Path) -> str:

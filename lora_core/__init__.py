@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lora_core.baking import bake
     from lora_core.base_weights import BaseReport
     from lora_core.burn import overlap
-    from lora_core.combining import combine, resize
+    from lora_core.combining import combine
     from lora_core.config import LoraConfig
     from lora_core.errors import LoraError
     from lora_core.extracting import extract
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lora_core.model_weights import layers_of, strength_of
     from lora_core.models import open_base
     from lora_core.pipeline import LivePipeline
+    from lora_core.resizing import resize
     from lora_core.thumbnail import with_thumbnail
     from lora_core.train_form import attach, collect, detach
 
@@ -52,7 +53,7 @@ _HOMES = {
     "overlap": "burn",
     "quantise": "quantised",
     "read_adapter": "formats",
-    "resize": "combining",
+    "resize": "resizing",
     "retell": "formats",
     "strength_of": "model_weights",
     "with_thumbnail": "thumbnail",

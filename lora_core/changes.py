@@ -15,10 +15,11 @@ from lora_core.deltas import Delta
 from lora_core.deltas.absolute import Absolute
 from lora_core.deltas.bias import WithBias
 from lora_core.deltas.full import Full
+from lora_core.deltas.low_rank import LowRank
 from lora_core.errors import ConfigError, WrongFamily
 from lora_core.facts import kind_name
 from lora_core.families import by
-from lora_core.lower_rank import Lost, best_factors, rank_of
+from lora_core.lower_rank import Lost, best_factors, low_rank, rank_of
 from lora_core.progress import steps
 from lora_core.worn import original_weight, stored, weight_shape
 
@@ -77,6 +78,16 @@ def nearest(
     down, up, values = algebra.svd_of_product(*known)
     kept = rank if energy is None else rank_of(values, energy)
     return down[:kept], up[:, :kept], values.square().sum(), values[kept:].square().sum()
+
+
+def as_low_rank(down: Tensor, up: Tensor, parts: Parts, layer: nn.Module | None = None) -> LowRank:
+    """In the shape and dtype of the first layer that tells one, else of the base's; scale 1."""
+    told = [delta.shape() for delta, _ in parts if len(delta.shape()) > 1 and -1 not in delta.shape()]
+    if not told:  # what tells no shape has asked for the layer before
+        assert layer is not None
+        out, inner = weight_shape(layer)
+        told = [(out, *inner)]
+    return low_rank(down, up, told[0], next(iter(parts[0][0].tensors().values())).dtype)
 
 
 def as_change(path: str, delta: Delta, layer: nn.Module | None) -> Delta:

@@ -1,7 +1,6 @@
-"""Several LoRAs into one, and one LoRA to another rank. MATHS §5; the names are those of PEFT's add_weighted_adapter.
+"""Several LoRAs into one. MATHS §5; the names are those of PEFT's add_weighted_adapter.
 
     combine([(ink, 0.8), (cat, 0.5)], method="ties_svd", density=0.5, rank=16)
-    resize(ink, energy=0.95)
 
 With t = w · alpha/r, D = alpha/r · B A, per layer, and LoRAs that lack the layer left out:
 
@@ -21,118 +20,28 @@ have scale 1. What was lost to a lower rank is said in the metadata (`LOST`), as
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lora_core import algebra
 from lora_core.adapter import Adapter
-from lora_core.changes import as_change, dense, is_of_norm, nearest, of_weight, with_weight
+from lora_core.changes import as_change, as_low_rank, dense, is_of_norm, nearest, of_weight
+from lora_core.combination import FROM, Combination, Method, with_svd
 from lora_core.deltas import Delta, Factored
 from lora_core.deltas.bias import WithBias
 from lora_core.deltas.full import Full
 from lora_core.deltas.low_rank import LowRank
 from lora_core.deltas.magnitude import WithMagnitude
-from lora_core.errors import ConfigError, WrongFamily, did_you_mean
+from lora_core.errors import ConfigError, WrongFamily
 from lora_core.facts import kind_name
-from lora_core.formats.metadata import HASHES, agreed, parent
-from lora_core.lower_rank import LOST, Lost, best_factors, check_rank, clamped, low_rank
+from lora_core.formats.metadata import agreed
+from lora_core.lower_rank import LOST, Lost, best_factors, held
 from lora_core.progress import steps
 from lora_core.replication import read_map, written
-from lora_core.worn import weight_shape
-
-FROM = (
-    "lora_loom.combined"  # metadata: JSON, Combination's fields and "of": name, weight and hash of each LoRA
-)
-
-Method = Literal[
-    "cat",
-    "linear",
-    "svd",
-    "ties",
-    "dare_linear",
-    "dare_ties",
-    "magnitude_prune",
-    "ties_svd",
-    "dare_linear_svd",
-    "dare_ties_svd",
-    "magnitude_prune_svd",
-]
-METHODS: tuple[str, ...] = get_args(Method)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Combination:
-    """How LoRAs become one, checked at birth. Raises ConfigError naming the field.
-
-    density           share of the entries that pruning keeps, above 0; from 1 on nothing is pruned
-    rank              of the result, for svd methods; None is the largest rank among the LoRAs in that layer
-    clamp             for svd methods: entries of A and B are held within ± this quantile of them, above 0 to 1
-    majority          whose sign wins: "total" the larger sum, "frequency" the larger number
-    signed_election   elect with the weights' signs; without it as PEFT does, on the unweighted entries
-    """
-
-    method: Method = "cat"
-    density: float | None = None
-    rank: int | None = None
-    clamp: float | None = None
-    majority: Literal["total", "frequency"] = "total"
-    signed_election: bool = False
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ConfigError(
-                f'method = "{self.method}" is unknown.{did_you_mean(str(self.method), METHODS)}'
-            )
-        if self.prunes:
-            if self.density is None or not (math.isfinite(self.density) and self.density > 0):
-                raise ConfigError(
-                    f"{self.method} needs density, the share of entries that stays, above 0; it is {self.density}. "
-                    "Usual is 0.5."
-                )
-        elif self.density is not None:
-            raise ConfigError(
-                f"density has no effect with {self.method}. Leave it out, or prune: ties, dare_linear."
-            )
-        for name, value in (("rank", self.rank), ("clamp", self.clamp)):
-            if value is not None and not self.by_svd:
-                raise ConfigError(
-                    f"{name} has no effect with {self.method}. Leave it out, or use {_with_svd(self.method)}."
-                )
-        if self.rank is not None and self.rank < 1:
-            raise ConfigError(f"rank = {self.rank} must be 1 or more.")
-        if self.clamp is not None and not 0 < self.clamp <= 1:
-            raise ConfigError(f"clamp = {self.clamp} is a quantile: above 0 to 1. Usual is 0.99.")
-        if self.majority not in ("total", "frequency"):
-            raise ConfigError(f'majority = "{self.majority}" is unknown. Use "total" or "frequency".')
-        elects = self.method.removesuffix("_svd").endswith("ties")
-        for name, given in (
-            ("majority", self.majority != "total"),
-            ("signed_election", self.signed_election),
-        ):
-            if given and not elects:
-                raise ConfigError(
-                    f"{name} has no effect with {self.method}, which holds no election. Leave it out."
-                )
-
-    def recipe(self, adapters: Sequence[tuple[Adapter, float]]) -> str:
-        """JSON: what of these fields was given, and the LoRAs with weights and hashes."""
-        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        of = [parent(adapter, weight) for adapter, weight in adapters]
-        return json.dumps({"method": self.method, **given, "of": of})
-
-    @property
-    def by_svd(self) -> bool:
-        return self.method.endswith("svd")
-
-    @property
-    def prunes(self) -> bool:
-        return self.method not in ("cat", "linear", "svd")
 
 
 @torch.no_grad()
@@ -177,54 +86,6 @@ def combine(
     if how.by_svd:
         metadata[LOST] = f"{sums.share:.6f}"
     return Adapter(deltas, metadata, family, name, embeddings=_words(adapters))
-
-
-@torch.no_grad()
-def resize(
-    adapter: Adapter,
-    *,
-    rank: int | None = None,
-    energy: float | None = None,
-    clamp: float | None = None,
-    layers: Mapping[str, nn.Module] | None = None,
-) -> Adapter:
-    """The best LoRA of this rank, or of the smallest rank per layer that keeps this share (0..1) of |ΔW|².
-
-    What has factors never gets a higher rank than before. Norms and biases stay as they are. A DoRA, and what else
-    depends on the base, needs `layers`, and `clamp` holds entries within a quantile of them, both as in `combine`.
-    """
-    check_rank(rank, energy, clamp)
-    sums = Lost()
-    deltas: dict[str, Delta] = {}
-    for path in steps(adapter.deltas, "layers"):
-        layer = (layers or {}).get(path)
-        whole = as_change(path, adapter.deltas[path], layer)
-        delta = of_weight(whole)
-        if delta is None or is_of_norm(delta):
-            deltas[path] = whole
-            continue
-        parts = [(delta, 1.0)]
-        down, up, square, gone = nearest(path, parts, layer, rank=rank, energy=energy)
-        sums.add(square, gone)
-        low = _low_rank(*_held(down, up, clamp, sums), parts, layer)
-        deltas[path] = with_weight(whole, low)
-    facts = {k: v for k, v in adapter.metadata.items() if k not in HASHES}  # these are of other tensors
-    return replace(adapter, deltas=deltas, metadata={**facts, LOST: f"{sums.share:.6f}"})
-
-
-def to_plain(
-    adapter: Adapter,
-    *,
-    rank: int | None = None,
-    energy: float | None = None,
-    layers: Mapping[str, nn.Module] | None = None,
-) -> Adapter:
-    """Every change of a weight as a plain LoRA, for programs that know no other kind: what is none becomes the nearest
-    of that rank, as in `resize`, and what is one stays as it is. `LOST` is the share of the layers that were none."""
-    own = {path: as_change(path, d, (layers or {}).get(path)) for path, d in adapter.deltas.items()}
-    others = {path: delta for path, delta in own.items() if not isinstance(of_weight(delta), LowRank)}
-    made = resize(replace(adapter, deltas=others), rank=rank, energy=energy, layers=layers)
-    return replace(made, deltas={path: made.deltas.get(path, delta) for path, delta in own.items()})
 
 
 def _one_family(adapters: Sequence[tuple[Adapter, float]]) -> str | None:
@@ -301,17 +162,17 @@ def _by_factors(path: str, parts: Sequence[tuple[Delta, float]], how: Combinatio
         strengths.append(weight * scale)
     if how.method == "cat":
         down = torch.cat([t * d for t, d in zip(strengths, downs, strict=True)])
-        return _low_rank(down, torch.cat(ups, dim=1), parts)
+        return as_low_rank(down, torch.cat(ups, dim=1), parts)
     ranks = {len(down) for down in downs}
     if len(ranks) > 1:
         raise ConfigError(
             f"{path} has ranks {', '.join(map(str, sorted(ranks)))}, and {how.method} adds the factors themselves, "
-            f"which must have one rank. Use {_with_svd(how.method)}, or resize the LoRAs first."
+            f"which must have one rank. Use {with_svd(how.method)}, or resize the LoRAs first."
         )
     roots = torch.tensor([abs(t) ** 0.5 for t in strengths])
     signs = torch.tensor([-1.0 if t < 0 else 1.0 for t in strengths])
     # the sign on one side only, or two would cancel
-    return _low_rank(_merged(downs, roots * signs, how), _merged(ups, roots, how), parts)
+    return as_low_rank(_merged(downs, roots * signs, how), _merged(ups, roots, how), parts)
 
 
 def _factors(path: str, delta: Delta, method: str) -> tuple[Tensor, Tensor, float]:
@@ -380,15 +241,7 @@ def _by_svd(
         down, up = best_factors(merged, rank=rank)
         whole, gone = merged.square().sum(), (merged - up @ down).square().sum()
     sums.add(whole, gone)
-    return _low_rank(*_held(down, up, how.clamp, sums), parts, layer)
-
-
-def _held(down: Tensor, up: Tensor, clamp: float | None, sums: Lost) -> tuple[Tensor, Tensor]:
-    if clamp is None:
-        return down, up
-    held = clamped(down, up, clamp)
-    sums.add(0, (up @ down - held[1] @ held[0]).square().sum())
-    return held
+    return as_low_rank(*held(down, up, how.clamp, sums), parts, layer)
 
 
 def _rank(path: str, delta: Delta) -> int:
@@ -398,19 +251,3 @@ def _rank(path: str, delta: Delta) -> int:
             f"{path} is of the kind {kind_name(inner)}, which has no rank of its own: give the result's rank."
         )
     return inner.rank
-
-
-def _low_rank(
-    down: Tensor, up: Tensor, parts: Sequence[tuple[Delta, float]], layer: nn.Module | None = None
-) -> LowRank:
-    """In the shape and dtype of the first layer that tells one, else of the base's; scale 1."""
-    told = [delta.shape() for delta, _ in parts if len(delta.shape()) > 1 and -1 not in delta.shape()]
-    if not told:  # what tells no shape has asked for the layer before
-        assert layer is not None
-        out, inner = weight_shape(layer)
-        told = [(out, *inner)]
-    return low_rank(down, up, told[0], next(iter(parts[0][0].tensors().values())).dtype)
-
-
-def _with_svd(method: str) -> str:
-    return "svd" if method in ("cat", "linear") else f"{method.removesuffix('_svd')}_svd"

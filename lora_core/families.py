@@ -76,6 +76,8 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+_LINEAR = "attention blocks that begin with a linear layer"
+_CONVOLUTIONS = "attention blocks that begin with a convolution"
 # Blocks that an SDXL UNet does not have, or not with attention.
 _NOT_IN_SDXL = (
     "unet.down_blocks.0.attentions.",
@@ -86,16 +88,15 @@ _NOT_IN_SDXL = (
 
 
 def family_of_unet(unet: nn.Module) -> Family:
-    """The family of a live UNet, told from what it is built of and never from widths: a small model of a
-    family is of that family. Raises WrongFamily for a UNet of none of them."""
-    paths = [path for path, _ in unet.named_modules()]
-    if hasattr(unet, "add_embedding") or any(".transformer_blocks.1." in path for path in paths):
-        return FAMILIES["sdxl"]
-    entries = [unet.get_submodule(path) for path in paths if path.endswith(".proj_in")]
-    if entries and all(isinstance(layer, nn.Linear) for layer in entries):
-        return FAMILIES["sd2"]
-    if entries and all(isinstance(layer, nn.Conv2d) for layer in entries):
-        return FAMILIES["sd1"]
+    """The family of a live UNet, told as `family_of_whole_unet` does. Raises WrongFamily for a UNet of none of them."""
+    entries = {f"unet.{path}": layer for path, layer in unet.named_modules() if path.endswith(".proj_in")}
+    shapes: dict[str, tuple[int, ...]] = {f"unet.{path}": () for path, _ in unet.named_modules()}
+    for kind in (nn.Linear, nn.Conv2d):  # where they differ, it is none of ours
+        if all(isinstance(layer, kind) for layer in entries.values()):
+            shapes |= {path: dense_shape(layer) for path, layer in entries.items()}
+    told = family_of_whole_unet(shapes)
+    if told.key is not None:
+        return FAMILIES[told.key]
     raise WrongFamily(
         f"{type(unet).__name__} has {len(entries)} attention blocks with an entry layer of a known kind: "
         f"it is no UNet of {', '.join(f.title for f in FAMILIES.values())}. Open a model of one of these."
@@ -107,6 +108,24 @@ class Told(NamedTuple):
 
     key: str | None = None
     by: str = ""
+
+
+def family_of_whole_unet(shapes: Mapping[str, tuple[int, ...]]) -> Told:
+    """The family of a UNet all of whose layers are here (adapter path -> weight shape), told from what it is built of
+    and never from widths: a small model of a family is of that family."""
+    entries = {len(shape) for path, shape in shapes.items() if path.endswith(".proj_in")}
+    told = _of_sdxl_alone(shapes)
+    if told.key or not entries & {2, 4}:
+        return told
+    return Told("sd2", _LINEAR) if 2 in entries else Told("sd1", _CONVOLUTIONS)
+
+
+def _of_sdxl_alone(paths: Iterable[str]) -> Told:
+    if any(".transformer_blocks.1." in path for path in paths):
+        return Told("sdxl", "attention blocks of several transformer layers")
+    if any(path.startswith("unet.add_embedding.") for path in paths):
+        return Told("sdxl", "an embedding of picture sizes")
+    return Told()
 
 
 def family_of_layers(shapes: Mapping[str, tuple[int, ...]], matrices: Container[str] = ()) -> Told:
@@ -126,10 +145,8 @@ def family_of_layers(shapes: Mapping[str, tuple[int, ...]], matrices: Container[
     }
     if any(path.startswith("text_encoder_2.") for path in shapes):
         return Told("sdxl", "layers of a second text encoder")
-    if any(".transformer_blocks.1." in path for path in in_unet):
-        return Told("sdxl", "attention blocks of several transformer layers")
-    if any(path.startswith("unet.add_embedding.") for path in in_unet):
-        return Told("sdxl", "an embedding of picture sizes")
+    if (told := _of_sdxl_alone(in_unet)).key:
+        return told
     for key in ("sdxl", "sd2", "sd1"):
         width = FAMILIES[key].context_width
         if width in contexts:
@@ -137,10 +154,10 @@ def family_of_layers(shapes: Mapping[str, tuple[int, ...]], matrices: Container[
         if key == "sd2" and width in words:
             return Told(key, f"a text encoder of {width} features")
     if entries == {4}:
-        return Told("sd1", "attention blocks that begin with a convolution")
+        return Told("sd1", _CONVOLUTIONS)
     # SDXL's begin with a linear layer as well, but not here
     if entries == {2} and any(path.startswith(_NOT_IN_SDXL) for path in in_unet):
-        return Told("sd2", "attention blocks that begin with a linear layer")
+        return Told("sd2", _LINEAR)
     return Told()
 
 

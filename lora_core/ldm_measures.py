@@ -10,6 +10,9 @@ import re
 from itertools import count
 from typing import Any
 
+from lora_core.families import family_of_whole_unet
+from lora_core.formats.keys import unet_layers
+
 HEAD_WIDTH = (
     64  # of every attention in CLIP, OpenCLIP and the UNets of SD 2 and SDXL; SD 1 has 8 heads everywhere
 )
@@ -20,11 +23,8 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def family_of(unet: Shapes) -> str:
-    """As families.family_of_unet: from what is there, never from widths."""
-    if "label_emb.0.0.weight" in unet or any(".transformer_blocks.1." in key for key in unet):
-        return "sdxl"
-    linear = any(key.endswith(".proj_in.weight") and len(shape) == 2 for key, shape in unet.items())
-    return "sd2" if linear else "sd1"
+    """What tells nothing is taken for the commonest: what it lacks is said afterwards."""
+    return family_of_whole_unet(unet_layers(unet)).key or "sd1"
 
 
 def unet_measures(shapes: Shapes, family: str) -> dict[str, Any]:

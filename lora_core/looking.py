@@ -10,14 +10,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_core.adapter import is_finite
+from lora_core.adapter import COMPONENTS, is_finite
 from lora_core.base_files import weight_files
 from lora_core.errors import FileRefused, LoraError
 from lora_core.facts import Facts, counted
-from lora_core.families import FAMILIES, Told, family_of_layers
+from lora_core.families import FAMILIES, Told, family_of_layers, family_of_whole_unet
 from lora_core.formats.assembly import is_number
 from lora_core.formats.files import describe_adapter, headers_of, read_adapter, spelling_of
-from lora_core.formats.keys import adapter_path
+from lora_core.formats.keys import unet_layers
 from lora_core.formats.metadata import FAMILY_KEYS, family_of_metadata
 from lora_core.formats.said import THUMBNAIL, commonest_tags, facts_said, trigger_words
 from lora_core.memo import Memo, Same
@@ -58,6 +58,11 @@ class Look:
         return Told(self.facts.family, self.facts.told_by) if self.facts else self.base
 
     @property
+    def is_base(self) -> bool:
+        """No LoRA, but a base model of ours, or the UNet of one: nothing is wrong with it."""
+        return self.facts is None and self.base.key is not None
+
+    @property
     def claimed(self) -> str | None:
         """The family that the metadata claims, which need not be the one it has."""
         return family_of_metadata(self.metadata).key
@@ -69,6 +74,7 @@ class Look:
             "file": str(self.path),
             "size_bytes": self.size_bytes,
             "problem": self.problem,
+            "base_model": self.is_base,
             "spelling": self.spelling,
             "family": self.family.key,
             "family_told_by": self.family.by,
@@ -101,7 +107,7 @@ class Look:
         told = f"{FAMILIES[key].title}, told by {by}" if key in FAMILIES else ""
         wrong = self.claimed if self.claimed not in (None, key) and key else None
         rows = {
-            "problem": self.problem,
+            "no LoRA" if self.is_base else "problem": self.problem,
             "family": told or ("unknown: neither layers nor metadata tell it" if self.facts else ""),
             "claimed": f"{FAMILIES[wrong].title}, by its metadata, which is wrong" if wrong else "",
             "spelling": self.spelling,
@@ -131,7 +137,7 @@ def look(path: Path | str, *, hashes: bool = False) -> Look:
     try:
         headers = headers_of(path)
     except FileRefused as problem:
-        return Look(path, _size([path]), str(problem), base=_family_of_base(_unet_in(path)))
+        return _no_lora(path, problem)
     metadata = {key: text for header in headers for key, text in header.metadata.items()}
     found = Look(path, _size(h.path for h in headers), metadata=metadata, headers=tuple(headers))
     try:
@@ -148,24 +154,6 @@ def forget() -> None:
     """What was made of files so far: the next look at each is a first one. For measuring."""
     for memo in (LISTINGS, _LAYOUTS, _MADE):
         memo.clear()
-
-
-def duplicates(looks: Iterable[Look]) -> list[tuple[Look, ...]]:
-    """Those that are one LoRA, whatever their names and metadata: groups of two or more.
-
-    Only files whose headers list the same tensors are read. Alphas may stand in metadata or beside a file: they count.
-    """
-    alike: dict[object, list[Look]] = {}
-    for found in looks:
-        if found.facts:
-            layout = tuple(tuple(header.tensors.items()) for header in found.headers)
-            alike.setdefault((layout, tuple(found.facts.alphas.items())), []).append(found)
-    groups: dict[object, list[Look]] = {}
-    for likeness, same in alike.items():
-        for found in same if len(same) > 1 else ():
-            digest = (found.hashes or hashes_of(found.headers)).tensors
-            groups.setdefault((likeness, digest), []).append(found)
-    return [tuple(group) for group in groups.values() if len(group) > 1]
 
 
 class _Made(NamedTuple):
@@ -237,22 +225,24 @@ def _read_through(found: Look) -> Look:
 
 
 def _family_of_base(headers: Sequence[Header]) -> Told:
-    """Of a checkpoint or a UNet, by the shapes of its layers as a LoRA's family is."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for header in headers:
-        for key, info in header.tensors.items():
-            path = adapter_path("unet", key.removeprefix(_BASE).removesuffix(".weight"))
-            if path is not None and key.endswith(".weight"):
-                shapes[path] = info.shape
-    return family_of_layers(shapes)
+    """Of a checkpoint or a UNet: as what it is built of shows, or of a part of one, as a LoRA's layers do."""
+    shapes = {key.removeprefix(_BASE): info.shape for h in headers for key, info in h.tensors.items()}
+    layers = unet_layers(shapes)
+    told = family_of_whole_unet(layers) if "unet.conv_in" in layers else NOTHING_TELLS
+    return told if told.key else family_of_layers(layers)
 
 
-def _unet_in(folder: Path) -> Sequence[Header]:
-    """The headers of the UNet of a base model in diffusers' layout; none elsewhere."""
+def _no_lora(path: Path, problem: FileRefused) -> Look:
+    """A base model in diffusers' layout, if all of its parts can be read; whatever else it is, with its problem."""
+    is_base = (path / "model_index.json").is_file()
+    parts = [folder for name in (*COMPONENTS, "vae") if is_base and (folder := path / name).is_dir()]
     try:
-        return weight_files(folder / "unet") if folder.is_dir() else ()
-    except FileRefused:
-        return ()
+        headers = {folder.name: weight_files(folder) for folder in parts}
+    except FileRefused as broken:
+        return Look(path, _size([path]), str(broken))
+    files = [header.path for part in headers.values() for header in part]
+    base = _family_of_base(headers.get("unet", ()))
+    return Look(path, _size(files or [path]), str(problem), base=base)
 
 
 def _dtypes(headers: Sequence[Header]) -> dict[str, int]:

@@ -115,6 +115,15 @@ def clamped(down: Tensor, up: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
     return down.clamp(-most, most), up.clamp(-most, most)
 
 
+def held(down: Tensor, up: Tensor, clamp: float | None, sums: Lost) -> tuple[Tensor, Tensor]:
+    """Flat factors, clamped where that is asked for; what it takes from their product is added to `sums`."""
+    if clamp is None:
+        return down, up
+    within = clamped(down, up, clamp)
+    sums.add(0, (up @ down - within[1] @ within[0]).square().sum())
+    return within
+
+
 def low_rank(down: Tensor, up: Tensor, shape: Sequence[int], dtype: torch.dtype) -> LowRank:
     """Flat factors, down (r, in*k*k) and up (out, r), as a layer of this weight shape has them; scale 1."""
     down = down.reshape(-1, *shape[1:]).to(dtype).contiguous()

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import launch
 from app.command_line import APP, COMMANDS, parse, parser_of
 from lora_core import Adapter, read_adapter, write_adapter
-from lora_core.combining import METHODS
+from lora_core.combination import METHODS
 from lora_core.deltas.full import Full
 from lora_core.formats.cautions import cautions
 from lora_core.looking import look
@@ -361,6 +362,39 @@ def test_inspect_in_words(shelf: Path, capsys: pytest.CaptureFixture[str]) -> No
     empty.mkdir()
     assert launch.main(["--inspect", str(empty)]) == 1
     assert "No model lies in" in capsys.readouterr().err
+
+
+def test_base_models_in_a_folder_are_named_and_no_failure(
+    shelf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whole ones: one with a part that was cut off is one."""
+    for rubbish in ("old.ckpt", "sub/cut.safetensors"):
+        (shelf / rubbish).unlink()
+    save_file(
+        {
+            "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(
+                320, 768
+            )
+        },
+        shelf / "sd15.safetensors",
+    )
+    shutil.copytree(ROOT / "presets/demo/base", shelf / "demo")
+    assert launch.main(["--inspect", str(shelf), "--json"]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    rows = {Path(row["file"]).name: row for row in json.loads(said.out)}
+    assert {name for name, row in rows.items() if row["base_model"]} == {"sd15.safetensors", "demo"}
+    assert (rows["demo"]["family"], rows["demo"].get("layers", 0)) == ("sd1", 0)
+    held = sum(f.stat().st_size for f in (shelf / "demo").rglob("*.safetensors"))
+    assert rows["demo"]["size_bytes"] == held
+    assert launch.main(["--inspect", str(shelf)]) == 0
+    assert "no LoRA" in capsys.readouterr().out
+    (vae,) = (shelf / "demo/vae").glob("*.safetensors")
+    vae.write_bytes(vae.read_bytes()[:-9])
+    assert launch.main(["--inspect", str(shelf)]) == 1
+    first, reason = capsys.readouterr().err.splitlines()
+    assert first == "1 of 5 files cannot be used as a LoRA:"
+    assert vae.name in reason
 
 
 def test_who_reads_the_first_line_alone_is_no_error(shelf: Path) -> None:

@@ -33,7 +33,7 @@ from lora_core import (
     write_adapter,
 )
 from lora_core.baking import FROM as BAKED_FROM
-from lora_core.combining import FROM, METHODS
+from lora_core.combination import FROM, METHODS
 from lora_core.deltas.bias import WithBias
 from lora_core.deltas.full import Full
 from lora_core.deltas.low_rank import LowRank

@@ -45,7 +45,6 @@ TRAINERS_FOR_APP = {
     "story",
 }
 LONG: dict[str, str] = {  # beyond 300 lines, with the reason
-    "lora_core/combining.py": "the ways to make LoRAs one and their refusals, side by side",
     "lora_core/live_mix.py": "every change of the mix takes one lock and says when it acts: read side by side",
 }
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_core.duplicates import duplicates
 from lora_core.errors import FileRefused, LoraError
 from lora_core.formats.files import headers_of
-from lora_core.looking import Look, duplicates, look
+from lora_core.looking import Look, look
 from lora_core.progress import steps
 
 MODELS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # pickles are refused, by name
@@ -25,7 +26,8 @@ class Inspect:
     hash: bool = False
 
     def run(self) -> Iterator[str]:
-        """Raises LoraError at the end, with a sentence for each file that is no LoRA one could use."""
+        """Raises LoraError at the end, with a sentence for each file that is neither a LoRA one could use nor a base
+        model."""
         paths = list(dict.fromkeys(path for named in self.files for path in _walked(named)))
         if not paths:
             raise LoraError(
@@ -34,7 +36,9 @@ class Inspect:
         looks = [look(path, hashes=self.hash) for path in steps(paths, "files")]
         same = duplicates(looks)
         yield from _as_json(looks, same) if self.json else _as_text(looks, same)
-        problems = [f"{found.path}: {found.problem}" for found in looks if found.problem]
+        problems = [
+            f"{found.path}: {found.problem}" for found in looks if found.problem and not found.is_base
+        ]
         if problems:
             raise LoraError(
                 "\n".join([f"{len(problems)} of {len(looks)} files cannot be used as a LoRA:", *problems])
@@ -42,11 +46,11 @@ class Inspect:
 
 
 def _walked(path: Path) -> Iterator[Path]:
-    """The file itself, or what lies below a folder; a folder that is a LoRA is one."""
+    """The file itself, or what lies below a folder; a folder that is a LoRA, or a base model of many parts, is one."""
     if not path.is_dir():
         yield path
         return
-    if _is_lora(path):
+    if (path / "model_index.json").is_file() or _is_lora(path):
         yield path
         return
     try:

@@ -11,7 +11,8 @@ import torch
 
 from lora_core.adapter import Adapter
 from lora_core.changes import is_of_norm, of_weight
-from lora_core.combining import Combination, combine, resize, to_plain
+from lora_core.combination import Combination
+from lora_core.combining import combine
 from lora_core.commands.out import (
     Out,
     described,
@@ -27,6 +28,7 @@ from lora_core.formats import read_adapter
 from lora_core.formats.keys import is_embedding
 from lora_core.lower_rank import LEFT_OUT, LOST, check_rank
 from lora_core.mix import split_weight
+from lora_core.resizing import resize, to_plain
 
 RANK = 64  # of what had no factors and is baked: holds a LoHa of rank 8 and the usual LoKr whole
 
@@ -134,7 +136,7 @@ class Resize:
         check_rank(self.rank, self.energy, self.clamp)
 
     def run(self) -> Iterator[str]:
-        before = read_adapter(self.source)
+        before = read_parent(self.source)
         yield described(before, self.source)
         layers = layers_for(self.base, before)
         made = resize(before, rank=self.rank, energy=self.energy, clamp=self.clamp, layers=layers)

@@ -13,6 +13,7 @@ whether a layer exists is the live model's to say (adapter.resolve).
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 
 from lora_core import ldm_names
@@ -113,6 +114,14 @@ def adapter_path(component: str, name: str) -> str | None:
     if path is not None and component == "unet" and ldm_names.is_sgm(path):
         path = ldm_names.to_diffusers(path)
     return None if path is None else f"{component}.{path}"
+
+
+def unet_layers(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The weights of a UNet's tensors, by names inside it as diffusers or sgm have them -> adapter path: shape."""
+    found = {
+        adapter_path("unet", key.removesuffix(".weight")): key for key in shapes if key.endswith(".weight")
+    }
+    return {path: shapes[key] for path, key in found.items() if path is not None}
 
 
 def kernel_of(path: str) -> int:

@@ -28,6 +28,7 @@ from lora_core.formats.writing import ranks_and_alphas, unwrapped
 from lora_core.safe_files import serialized
 
 HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+NAMES = ("ss_output_name", "modelspec.title")  # what a file calls its LoRA
 # Facts of a file's spelling, not of the LoRA: they do not survive a change of spelling.
 OF_THE_FILE = (*HASHES, "format", "lora_adapter_metadata")
 FAMILY_KEYS = ("ss_base_model_version", "modelspec.architecture")
@@ -145,7 +146,7 @@ def _last_name(path: str) -> str:
 def _defaults(adapter: Adapter, family: str | None, stated: Mapping[str, str]) -> dict[str, str]:
     """What readers expect and nobody has said."""
     title = stated.get("ss_output_name") or adapter.name or "lora"
-    values = {"ss_output_name": title, "modelspec.sai_model_spec": MODELSPEC, "modelspec.title": title}
+    values = {**dict.fromkeys(NAMES, title), "modelspec.sai_model_spec": MODELSPEC}
     if family not in FAMILIES:
         return values
     row = FAMILIES[family]

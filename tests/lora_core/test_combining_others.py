@@ -9,14 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lora_core import combine, resize
 from lora_core.adapter import Adapter
 from lora_core.changes import apart
-from lora_core.combining import LOST, combine, resize, to_plain
 from lora_core.deltas import Delta
 from lora_core.deltas.bias import WithBias
 from lora_core.deltas.full import Full
 from lora_core.deltas.low_rank import LowRank
 from lora_core.errors import ConfigError, WrongFamily
+from lora_core.lower_rank import LOST
+from lora_core.resizing import to_plain
 from tests.lora_core.kinds_by_hand import KINDS, random
 
 PATHS = {

@@ -21,7 +21,7 @@ from lora_core.errors import NotFinite
 from lora_core.facts import Facts
 from lora_core.formats import read_adapter, write_adapter
 from lora_core.formats.said import commonest_tags, facts_said, trigger_words
-from lora_core.looking import duplicates, look
+from lora_core.looking import look
 from lora_core.safe_files import save_tensors
 from tests.lora_core.adapters_on_disk import PAIR, Q, adapter, saved
 
@@ -187,23 +187,6 @@ def test_only_the_header_and_the_alphas_are_read(tmp_path: Path) -> None:
     assert found.facts is not None
     assert (found.facts.ranks, found.facts.alphas) == ({2**12: 1}, {3.0: 1})
     assert found.size_bytes > 2**37
-
-
-def test_duplicates_are_found_whatever_their_names_and_metadata(tmp_path: Path) -> None:
-    one, other = adapter(), adapter()
-    first = next(iter(other.deltas))
-    other.deltas[first] = replace(other.deltas[first], alpha=9.0)  # type: ignore[type-var]
-    paths = [
-        write_adapter(one, tmp_path / "a"),
-        write_adapter(one, tmp_path / "b", metadata={"ss_output_name": "quite another"}),
-        write_adapter(other, tmp_path / "c"),
-        write_adapter(one, tmp_path / "d", spelling="diffusers"),
-        write_adapter(
-            other, tmp_path / "e", spelling="diffusers"
-        ),  # the same bytes, its alpha in the metadata
-        saved(PAIR, tmp_path),
-    ]
-    assert [[found.path for found in group] for group in duplicates(map(look, paths))] == [paths[:2]]
 
 
 @pytest.mark.parametrize(
