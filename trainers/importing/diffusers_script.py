@@ -1,7 +1,7 @@
 """diffusers' examples/dreambooth: train_dreambooth_lora.py and train_dreambooth_lora_sdxl.py, by their arguments.
 
 Defaults as of 2026: rank 4, alpha = rank, rate 5e-4 (SDXL 1e-4, its text encoders 5e-6), batch 4, random crops of a
-square, no text encoder, gaussian beginnings, the attentions alone.
+square, weight decay 1e-2 (SDXL 1e-4), no text encoder, gaussian beginnings, the attentions alone.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ RULES = counterparts(
         "gradient_checkpointing": is_yes,
         "adam_weight_decay": float,
         "max_grad_norm": float,
+        "checkpoints_total_limit": whole,
     }
 )
 _IDLE = """
     enable_xformers_memory_efficient_attention dataloader_num_workers allow_tf32 report_to logging_dir
     push_to_hub hub_token hub_model_id local_rank prior_generation_precision sample_batch_size
-    pre_compute_text_embeddings checkpoints_total_limit enable_npu_flash_attention class_data_dir class_prompt
+    pre_compute_text_embeddings enable_npu_flash_attention class_data_dir class_prompt
     num_class_images cache_dir output_kohya_format final_validation_prompt
 """
 IDLE = frozenset(_IDLE.split())
@@ -57,6 +58,12 @@ REASONS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "prodigy_safeguard_warmup": ("", (True,)),
     "image_interpolation_mode": ("", ("lanczos",)),
     "lora_layers": ("set lora.targets", ()),
+    "dataset_name": ("pictures are read from a folder: save it as one, with a .txt beside each", ()),
+    "caption_column": ("captions are .txt files beside the pictures", ()),
+    "do_edm_style_training": ("the base's own noise schedule is trained on", ()),
+    "text_encoder_use_attention_mask": ("prompts are padded to 77 tokens, as the base was trained", ()),
+    "class_labels_conditioning": ("no such base is trained here", ()),
+    "validation_images": ("previews begin at noise", ()),
 }
 
 
@@ -71,6 +78,8 @@ def carry(given: Given) -> Carrying:
     c.set("lora.rank", 4)
     c.set("lora.targets", ["attention"])
     c.set("data.captions", False)  # the script knows one prompt alone
+    if sdxl:
+        c.set("train.weight_decay", 1e-4)  # its default, SD 1's is ours
     c.apply(RULES)
     if is_yes(c.take("use_dora", default=False)):
         c.set("lora.variant", "dora")
@@ -85,7 +94,7 @@ def carry(given: Given) -> Carrying:
         c.set("train.snr_gamma", gamma)
     if prompt := c.take("validation_prompt"):
         epochs = c.whole("validation_epochs", 50) or 50
-        c.set("preview.prompts", [text(prompt)])
+        c.set("preview.prompts", [text(p) for p in prompt] if isinstance(prompt, list) else [text(prompt)])
         c.set("preview.every", epochs * per_epoch if per_epoch else 100)
         if not per_epoch:
             c.change(

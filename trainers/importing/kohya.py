@@ -11,7 +11,8 @@ from typing import Any
 
 from trainers.importing import kohya_data, kohya_network
 from trainers.importing.carrying import Carrying, Rule, counterparts, finite, is_yes, text, whole
-from trainers.importing.reading import Given
+from trainers.importing.kohya_left import IDLE, REASONS
+from trainers.importing.reading import Given, table_of, text_of, without_sections
 from trainers.importing.shared import (
     PRECISIONS,
     carry_base,
@@ -30,46 +31,11 @@ RULES = counterparts(
         "save_every_n_steps": whole,
         "noise_offset": finite,
         "ip_noise_gamma": finite,
+        "metadata_author": text,
+        "metadata_description": text,
+        "validation_split": finite,
     }
 )
-# about how that program runs, or what ours takes from the base itself
-_IDLE = """
-    xformers sdpa mem_eff_attn cache_latents cache_latents_to_disk vae_batch_size lowram highvram lowvram
-    cache_text_encoder_outputs cache_text_encoder_outputs_to_disk no_half_vae max_data_loader_n_workers
-    persistent_data_loader_workers num_cpu_threads_per_process num_processes num_machines gpu_ids multi_gpu
-    main_process_port dynamo_backend dynamo_mode dynamo_use_dynamic dynamo_use_fullgraph
-    extra_accelerate_launch_args skip_cache_check torch_compile ddp_gradient_as_bucket_view ddp_static_graph
-    ddp_timeout logging_dir log_prefix log_with log_tracker_name log_tracker_config log_config wandb_api_key
-    wandb_run_name use_wandb console_log_level console_log_file console_log_simple v2 v_parameterization sdxl
-    save_model_as network_train_unet_only dim_from_weights save_state save_state_on_train_end
-    save_last_n_epochs_state save_last_n_steps_state enable_preview sample_at_first tokenizer_cache_dir
-    model_list epoch disable_mmap_load_safetensors no_metadata save_last_n_epochs save_last_n_steps
-    training_comment debug_dataset config_file output_config huggingface_path_in_repo huggingface_repo_id
-    huggingface_repo_type huggingface_repo_visibility huggingface_token async_upload save_state_to_huggingface
-    resume_from_huggingface train_batch_size_auto manual_seed
-"""
-IDLE = frozenset(_IDLE.split())
-# what changes the training and is not here; a value in brackets says nothing
-REASONS: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "clip_skip": ("prompts are read from the text encoder's last layer, as the base was trained", (1,)),
-    "max_token_length": ("prompts are cut at 77 tokens", (75,)),
-    "min_timestep": ("all noise levels are trained", (0,)),
-    "max_timestep": ("all noise levels are trained", (1000,)),
-    "full_fp16": ("the LoRA itself is always trained in fp32", ()),
-    "full_bf16": ("the LoRA itself is always trained in fp32", ()),
-    "loss_type": ("the loss is the mean square", ("l2",)),
-    "huber_schedule": ("the loss is the mean square", ("snr", "exponential", "constant")),
-    "huber_c": ("the loss is the mean square", (0.1,)),
-    "huber_scale": ("the loss is the mean square", (1.0,)),
-    "noise_offset_type": ("", ("Original", "Multires")),
-    "adaptive_noise_scale": ("the offset is the same for all pictures", ()),
-    "noise_offset_random_strength": ("the offset is as strong at every step", ()),
-    "ip_noise_gamma_random_strength": ("it is as strong at every step", ()),
-    "resume": ("its states hold what only it can read; lora.start_from goes on from its LoRA file", ()),
-    "zero_terminal_snr": ("the base's own noise schedule is trained on", ()),
-    "vae": ("pictures are encoded by the base's own VAE", ()),
-    "network_train_text_encoder_only": ("the UNet is always trained", ()),
-}
 
 
 def carry(given: Given) -> Carrying:
@@ -77,7 +43,7 @@ def carry(given: Given) -> Carrying:
 
 
 def carry_arguments(given: Given, settings: dict[str, Any]) -> Carrying:
-    c = Carrying(settings)
+    c = Carrying({**_config_file(settings, given.folder), **settings})
     carry_name(c, c.take("output_name"), given.file.stem)
     carry_base(c, given.folder, "./sd15.safetensors")
     if output := c.take("output_dir"):
@@ -97,13 +63,25 @@ def carry_arguments(given: Given, settings: dict[str, Any]) -> Carrying:
     _stop(c)
     _length(c, data)
     _loss(c)
-    _previews(c, given.folder, data)
+    _previews(c, given.folder)
     if c.take("save_model_as", default="safetensors") not in ("safetensors", "same as source model"):
         c.change("save_model_as", "ckpt", "files are always safetensors")
     for name, (why, harmless) in REASONS.items():
         c.leave_if(name, why, harmless=harmless)
     c.finish(IDLE)
     return c
+
+
+def _config_file(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The TOML that a command line names, whose own words count more; `settings` keeps the name if it is not there."""
+    named = settings.get("config_file")
+    if not isinstance(named, str) or not named:
+        return {}
+    file = folder / (named if named.endswith(".toml") else f"{named}.toml")
+    if not file.is_file():
+        return {}
+    del settings["config_file"]
+    return without_sections(table_of(file, text_of(file)))
 
 
 def _is_sdxl(c: Carrying, script: str) -> bool:
@@ -159,13 +137,16 @@ def _is_on(c: Carrying, name: str) -> bool:
 
 def _length(c: Carrying, data: kohya_data.Counted) -> None:
     """Steps, and what is counted in epochs or as a share of the steps."""
-    batch = c.preset.get("train", {}).get("batch_size", 1)
     accumulation = c.preset.get("train", {}).get("gradient_accumulation", 1)
-    epochs, steps = c.whole("max_train_epochs"), c.whole("max_train_steps")
-    per_epoch = math.ceil(math.ceil(data.pictures / batch) / accumulation) if data.pictures else None
+    epochs, steps, all_in_one = c.whole("max_train_epochs"), c.whole("max_train_steps"), c.whole("gui_epochs")
+    per_epoch = math.ceil(data.batches / accumulation) if data.batches else None
+    here = 1.0  # steps for one there
     if epochs and per_epoch:
         total = epochs * per_epoch
+    elif all_in_one and data.pictures:  # the GUI rounds once, at the end
+        total = math.ceil(data.pictures / c.preset["train"]["batch_size"] / accumulation * all_in_one)
     else:
+        epochs = epochs or all_in_one
         if epochs:
             c.leave(
                 "max_train_epochs",
@@ -175,22 +156,42 @@ def _length(c: Carrying, data: kohya_data.Counted) -> None:
             )
         total = steps or 1600
         if data.has_class and not epochs:
+            here = 0.5
             total = max(1, total // 2)
             c.change(
                 "max_train_steps",
                 steps or 1600,
                 f"{total} here: each step has a picture of the class beside each of the subject, there "
-                f"they take turns",
+                f"they take turns. So is what counts steps",
             )
     c.set("train.steps", total)
-    carry_schedule(c, total)
-    every = c.whole("save_every_n_epochs")
-    if every and "every" not in c.preset.get("save", {}):
-        if per_epoch:
-            c.set("save.every", every * per_epoch)
-        else:
-            c.leave("save_every_n_epochs", every, "save.every counts steps")
-    c.given["_per_epoch"] = per_epoch
+    carry_schedule(c, total, of=here)
+    if every := c.preset.get("save", {}).get("every"):
+        c.set("save.every", max(1, round(every * here)))
+    for name, setting in (
+        ("save", "save.every"),
+        ("validate", "validation.every"),
+        ("sample", "preview.every"),
+    ):
+        _every(c, name, setting, per_epoch, here=here)
+
+
+def _every(c: Carrying, name: str, setting: str, per_epoch: int | None, *, here: float) -> None:
+    """Steps between, whichever way they are counted; a preview's are set where there is a prompt."""
+    table, _, key = setting.partition(".")
+    steps, epochs = c.whole(f"{name}_every_n_steps"), c.whole(f"{name}_every_n_epochs")
+    if key in c.preset.get(table, {}):
+        return
+    if name == "validate" and not c.preset.get("validation", {}).get("share"):
+        return
+    if name == "validate" and not steps:
+        epochs = epochs or 1
+    if steps:
+        c.set(setting, max(1, round(steps * here)))
+    elif epochs and per_epoch:
+        c.set(setting, epochs * per_epoch)
+    elif epochs:
+        c.leave(f"{name}_every_n_epochs", epochs, f"{setting} counts steps")
 
 
 def _loss(c: Carrying) -> None:
@@ -208,15 +209,8 @@ def _loss(c: Carrying) -> None:
         c.change("max_grad_norm", 0, "1e9 here: never shortened")
 
 
-def _previews(c: Carrying, folder: Path, data: kohya_data.Counted) -> None:
-    prompts = c.take("sample_prompts")
-    every, epochs = c.whole("sample_every_n_steps"), c.whole("sample_every_n_epochs")
-    per_epoch = c.given.pop("_per_epoch", None)
-    if not every and epochs:
-        if per_epoch:
-            every = epochs * per_epoch
-        else:
-            c.leave("sample_every_n_epochs", epochs, "preview.every counts steps")
+def _previews(c: Carrying, folder: Path) -> None:
+    prompts, every = c.take("sample_prompts"), c.preset.pop("preview", {}).get("every")
     sampler = c.take("sample_sampler")
     lines = _prompt_lines(c, prompts, folder)
     if sampler and lines and every:

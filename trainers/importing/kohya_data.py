@@ -5,6 +5,7 @@ A setting counts where it stands nearest: in the subset, else its dataset, else 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,19 +46,19 @@ UNSEEN = (
     *DATASET_ONLY,
 )
 LEFT = {  # of each folder, with the reason
-    "color_aug": "",
-    "face_crop_aug_range": "",
-    "caption_suffix": "nothing is put behind captions",
-    "keep_tokens_separator": "lora-loom keeps a number of tags: data.keep_tokens",
-    "secondary_separator": "",
+    "color_aug": "vary the colours of the files themselves",
+    "face_crop_aug_range": 'crop the files themselves, or set data.crop = "random"',
+    "caption_suffix": "nothing is put behind captions: write it into them",
+    "keep_tokens_separator": "a number of tags is kept: data.keep_tokens",
+    "secondary_separator": "tags stand between commas",
     "caption_separator": "tags stand between commas",
-    "caption_dropout_every_n_epochs": "",
-    "token_warmup_min": "",
-    "token_warmup_step": "",
-    "skip_image_resolution": "",
-    "resize_interpolation": "",
+    "caption_dropout_every_n_epochs": "set data.caption_dropout to one share of that number",
+    "token_warmup_min": "all tags are shown from the first step on",
+    "token_warmup_step": "all tags are shown from the first step on",
+    "skip_image_resolution": "take these pictures out; --look names small ones",
+    "resize_interpolation": "pictures are resized by Lanczos",
     "custom_attributes": "",
-    "weighted_captions": "",
+    "weighted_captions": "brackets are text",
 }
 HARMLESS = {"caption_separator": (",",), "token_warmup_min": (1,), "keep_tokens_separator": ("",)}
 NAMES = (
@@ -68,23 +69,24 @@ NAMES = (
     "random_crop",
     "enable_wildcard",
     "caption_prefix",
+    "caption_extension",
+    "caption_extention",
 )
+IDLE = ("cache_info", "debug_dataset")
 
 
 @dataclass(frozen=True)
 class Counted:
-    """`pictures` of an epoch, repeats counted; None where the folders are not there to look at."""
+    """`pictures` and `batches` of an epoch, repeats counted; None where the folders are not there to look at."""
 
     pictures: int | None
+    batches: int | None
     has_class: bool
 
 
 def carry(c: Carrying, folder: Path) -> Counted:
     arguments = {name: c.given.pop(name) for name in NAMES if name in c.given}
     arguments["batch_size"] = c.take("train_batch_size", default=arguments.get("batch_size", 1))
-    extension = c.take("caption_extension", "caption_extention", default=".txt")
-    if extension not in (".txt", ".caption", "txt", "caption"):
-        c.leave("caption_extension", extension, "captions are .txt files, or .caption")
     masked, masks = c.yes("masked_loss"), c.take("conditioning_data_dir")
     config, images, classes = c.take("dataset_config"), c.take("train_data_dir"), c.take("reg_data_dir")
     c.leave_if("in_json", "captions are read from files beside the pictures")
@@ -96,6 +98,9 @@ def carry(c: Carrying, folder: Path) -> Counted:
         c.set("data.masked_loss", True)
         if masks:
             c.set("data.masks", text(masks))
+    tables = [c.preset.get("data", {}), *c.preset.get("dataset", [])]
+    if any(table.get("masked_loss") for table in tables):
+        c.set("data.mask_floor", 0.0)  # what a mask leaves out counts for nothing there
     return counted
 
 
@@ -110,7 +115,8 @@ def _of_folders(
     has_class = False
     if classes:
         has_class = _class_pictures(c, text(classes), folder)
-    return Counted(_pictures(folder / text(images)) if images else None, has_class)
+    pictures = _pictures(folder / text(images)) if images else None
+    return Counted(pictures, _batches(pictures, c.preset["train"]["batch_size"]), has_class)
 
 
 def _class_pictures(c: Carrying, classes: str, folder: Path) -> bool:
@@ -133,17 +139,21 @@ def _of_config(c: Carrying, config: Any, arguments: Mapping[str, Any], folder: P
             c.leave(
                 "dataset_config", config, "the file is not there; import it by itself, or set data.images"
             )
-            c.set("data.images", "images")
-            return Counted(None, False)
+            return _of_folders(c, "images", None, arguments, folder)
         config = table_of(named, text_of(named))
     general = {**arguments, **config.get("general", {})}
     datasets = config.get("datasets") or []
     instances: list[dict[str, Any]] = []
     classes: list[dict[str, Any]] = []
-    for dataset in datasets:
+    owners: list[int] = []  # of each of the instances, the dataset
+    for number, dataset in enumerate(datasets):
         common = {**general, **{k: v for k, v in dataset.items() if k != "subsets"}}
         for subset in dataset.get("subsets") or []:
-            (classes if is_yes(subset.get("is_reg", False)) else instances).append({**common, **subset})
+            if is_yes(subset.get("is_reg", False)):
+                classes.append(subset)
+            else:
+                instances.append({**common, **subset})
+                owners.append(number)
     if not instances:
         raise ConfigError("The dataset_config has no [[datasets.subsets]] with an image_dir to learn from.")
     _dataset(c, instances[0])
@@ -158,16 +168,53 @@ def _of_config(c: Carrying, config: Any, arguments: Mapping[str, Any], folder: P
     else:
         c.preset.get("data", {}).pop("resolution", None)
         c.set("dataset", tables)
-    if len(classes) == 1 and "class_tokens" in classes[0]:
-        c.set("data.class_images", text(classes[0].get("image_dir")))
-        c.set("data.class_prompt", text(classes[0]["class_tokens"]))
-    else:
-        for subset in classes:
-            c.leave("is_reg subset", subset.get("image_dir"), "set data.class_images and data.class_prompt")
-    counts = [_pictures(folder / t["images"]) for t in tables]
-    repeats = [t.get("repeats", 1) for t in tables]
-    whole_count = None if None in counts else sum(n * r for n, r in zip(counts, repeats, strict=True) if n)
-    return Counted(whole_count, len(classes) == 1)
+    _classes(c, classes, general)
+    return _counted(tables, instances, owners, folder, has_class=len(classes) == 1)
+
+
+def _classes(c: Carrying, subsets: list[dict[str, Any]], general: Mapping[str, Any]) -> None:
+    """One folder of class pictures with its words; what else it says of them has no counterpart."""
+    for subset in subsets:
+        inner = Carrying(subset)
+        where, words = (
+            inner.take("image_dir"),
+            inner.take("class_tokens", default=general.get("class_tokens")),
+        )
+        inner.take("is_reg")
+        inner.leave_if("num_repeats", "each once", harmless=(1,))
+        if len(subsets) == 1 and where and words:
+            c.set("data.class_images", text(where))
+            c.set("data.class_prompt", text(words))
+        else:
+            c.leave("is_reg subset", where, "set data.class_images and data.class_prompt")
+        inner.finish(IDLE)
+        c.left += [f"{where}: {line}" for line in inner.left]
+
+
+def _counted(
+    tables: list[dict[str, Any]],
+    subsets: list[dict[str, Any]],
+    owners: list[int],
+    folder: Path,
+    *,
+    has_class: bool,
+) -> Counted:
+    """Each dataset makes batches of its own size."""
+    sizes: dict[int, int] = dict.fromkeys(owners, 0)
+    batch: dict[int, int] = {}
+    for table, subset, owner in zip(tables, subsets, owners, strict=True):
+        count = _pictures(folder / table["images"])
+        if count is None:
+            return Counted(None, None, has_class)
+        sizes[owner] += count * table.get("repeats", 1)
+        batch[owner] = max(1, Carrying({}).read("batch_size", subset.get("batch_size") or 1, whole, 1))
+    batches = sum(_batches(size, batch[owner]) or 0 for owner, size in sizes.items())
+    return Counted(sum(sizes.values()), batches, has_class)
+
+
+def _batches(pictures: int | None, size: int) -> int | None:
+    """Of one dataset, the last of them perhaps smaller; none of another dataset's are in it."""
+    return None if pictures is None else math.ceil(pictures / size)
 
 
 def _subset(c: Carrying, subset: Mapping[str, Any], *, several: bool) -> dict[str, Any]:
@@ -209,9 +256,17 @@ def _folder(c: Carrying, given: Mapping[str, Any], table: str) -> None:
     if prefix := inner.take("caption_prefix"):
         c.set(f"{table}.trigger", text(prefix).rstrip(", "))
         c.change("caption_prefix", prefix, "a trigger here: a caption that has it already stays as it is")
+    _caption_files(inner)
     for name, why in LEFT.items():
         inner.leave_if(name, why, harmless=HARMLESS.get(name, ()))
+    inner.finish(IDLE)
     c.left += inner.left
+
+
+def _caption_files(c: Carrying) -> None:
+    extension = c.take("caption_extension", "caption_extention", default=".txt")
+    if extension not in (".txt", ".caption", "txt", "caption"):
+        c.leave("caption_extension", extension, "captions are .txt files, or .caption: rename them")
 
 
 def _dataset(c: Carrying, given: Mapping[str, Any]) -> None:

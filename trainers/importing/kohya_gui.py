@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from trainers.importing import kohya
@@ -15,8 +16,8 @@ RENAMED = {
     "sdxl_no_half_vae": "no_half_vae",
     "sdxl_cache_text_encoder_outputs": "cache_text_encoder_outputs",
     "lora_network_weights": "network_weights",
-    "debiased_estimation_loss": "debiased_estimation",
-    "scale_v_pred_loss_like_noise_pred": "scale_v_pred_loss_like_noise_pred",
+    "conv_dims": "conv_block_dims",  # of older versions
+    "conv_alphas": "conv_block_alphas",
 }
 KINDS = {  # LoRA_type -> network_module, algo
     "Standard": ("networks.lora", ""),
@@ -43,13 +44,22 @@ NETWORK = _NETWORK.split()
 LYCORIS_ONLY = ["use_scalar", "bypass_mode", "train_norm", "train_on_input", "constrain", "rescaled"]
 
 
+# of other models' training, written whether these are trained or not
+OTHER_MODELS = re.compile(
+    r"(flux|sd3|lumina|anima|t5xxl|clip_[lg]$|clip_[lg]_drop|ae$|guidance_scale|discrete_flow_shift|model_prediction_type|"
+    r"timestep_sampling|sigmoid_scale|weighting_scheme|logit_|mode_scale|split_|train_blocks|train_double|train_single|"
+    r"train_t5xxl|blocks_to_swap|single_blocks|double_blocks|single_dim|single_mod|double_mod|img_|txt_|in_dims|"
+    r"training_shift|apply_|save_clip|save_t5|enable_all_linear|pos_emb|ggpo)"
+)
+
+
 def carry(given: Given) -> Carrying:
     return kohya.carry_arguments(given, arguments(given.settings))
 
 
 def arguments(gui: dict[str, Any]) -> dict[str, Any]:
     """The GUI's fields -> the scripts' arguments. A field that is empty or zero is one it does not pass on."""
-    left = dict(gui)
+    left = {RENAMED.get(name, name): value for name, value in gui.items() if not OTHER_MODELS.match(name)}
     kind = str(left.pop("LoRA_type", "Standard"))
     module, algo = KINDS.get(kind, (kind, ""))
     network: dict[str, Any] = {name: left.pop(name) for name in NETWORK if name in left}
@@ -64,8 +74,7 @@ def arguments(gui: dict[str, Any]) -> dict[str, Any]:
             if k in NETWORK[NETWORK.index("block_dims") :] or k.endswith("_dropout")
         }
         network |= conv if kind == "Kohya LoCon" else {}
-    named = {RENAMED.get(name, name): value for name, value in left.items()}
-    named |= {
+    named = left | {
         "network_module": module,
         "network_args": {k: v for k, v in network.items() if v not in ("", None)},
     }
@@ -88,8 +97,10 @@ def _lengths(named: dict[str, Any]) -> None:
     more = int(float(named.pop("max_train_epochs", 0) or 0))
     if steps and not more:
         named["max_train_steps"] = steps
+    elif more:
+        named["max_train_epochs"] = more
     else:
-        named["max_train_epochs"] = more or epochs
+        named["gui_epochs"] = epochs
     if str(named.get("lr_scheduler")) == "cosine_with_restarts" and not named.get("lr_scheduler_num_cycles"):
         named["lr_scheduler_num_cycles"] = epochs
     if ended := float(named.pop("stop_text_encoder_training", 0) or 0):

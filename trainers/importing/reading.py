@@ -22,6 +22,10 @@ MAX_BYTES = 1 << 20
 GUI_KEYS = {"LoRA_type", "max_resolution", "LyCORIS_preset", "lr_warmup", "sdxl_no_half_vae"}
 DIFFUSERS_KEYS = {"instance_data_dir", "instance_prompt", "with_prior_preservation", "dataset_name"}
 LISTS = {"network_args", "optimizer_args", "lr_scheduler_args", "base_weights"}  # one word is a list too
+OTHER_MODELS = re.compile(
+    r"flux|sd3|stable_cascade|lumina|hunyuan|anima|qwen|sana|hidream|z_image|chroma|wan|controlnet|control_net",
+    re.IGNORECASE,
+)
 _ASSIGNED = re.compile(r"^\s*(?:export\s+|set\s+|\$)?([A-Za-z_]\w*)\s*=\s*(.+?)\s*$")
 _VARIABLE = re.compile(r"\$(?:env:)?\{?([A-Za-z_]\w*)\}?")
 
@@ -47,6 +51,7 @@ def read(file: Path) -> Given:
         if "datasets" in table:
             return Given(file, "kohya", "", {"dataset_config": table})
         settings = without_sections(table)
+        _refuse_other_models(file, "", settings)
         kind = "kohya_gui" if GUI_KEYS & settings.keys() else _kind("", settings)
         return Given(file, kind, "", settings)
     script, settings = arguments(text)
@@ -56,7 +61,20 @@ def read(file: Path) -> Given:
             f"text file with "
             "the command that starts the training."
         )
+    _refuse_other_models(file, script, settings)
     return Given(file, _kind(script, settings), script, settings)
+
+
+def _refuse_other_models(file: Path, script: str, settings: Mapping[str, Any]) -> None:
+    said = [script, settings.get("network_module"), settings.get("LoRA_type")]
+    said += [
+        name for name in ("flux1_checkbox", "sd3_checkbox", "lumina_checkbox") if settings.get(name) is True
+    ]
+    for word in said:
+        if isinstance(word, str) and OTHER_MODELS.search(word):
+            raise ConfigError(
+                f"{file.name} trains another kind of model ({word}). LoRAs of SD 1.x, 2.x and SDXL are trained here."
+            )
 
 
 def text_of(file: Path) -> str:

@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from trainers.importing.carrying import Carrying, finite, text
+from trainers.importing.carrying import Carrying, finite, is_yes, text
 
 PRECISIONS = {"no": "fp32", "fp32": "fp32", "float": "fp32", "fp16": "fp16", "bf16": "bf16"}
-EIGHT_BIT = ("adamw8bit", "pagedadamw8bit", "pagedadamw", "pagedadamw32bit", "ademamix8bit")
 ADAPTIVE = ("prodigy", "dadapt", "adafactor")  # find their own rate; what they are given is a factor
 USUAL_RATE = 1e-4
+MOST_RATE = 0.01  # a LoRA under AdamW learns nothing beyond it
 
 
 def carry_name(c: Carrying, wanted: Any, fallback: str) -> None:
@@ -48,16 +48,21 @@ def carry_base(c: Carrying, folder: Path, example: str) -> None:
 def carry_optimizer(c: Carrying, rate: float) -> float | None:
     """-> the rate to use in place of the one given, for optimizers to which a rate is something else."""
     name = text(c.take("optimizer_type", "optimizer", default="AdamW"))
-    if c.yes("use_8bit_adam"):
-        name = "AdamW8bit"
-    plain = name.rpartition(".")[2].lower()
+    eight, lion = c.yes("use_8bit_adam"), c.yes("use_lion_optimizer")
+    name = "Lion" if lion else "AdamW8bit" if eight else name
+    plain = name.rpartition(".")[2].lower().removeprefix("paged").removesuffix("8bit").removesuffix("32bit")
+    own = _optimizer_args(c)
+    finds_it = plain.startswith(ADAPTIVE) and not (
+        plain == "adafactor" and not is_yes(own.get("relative_step", True))
+    )
     replaced = None
-    if plain.startswith(ADAPTIVE):
+    if finds_it:
         replaced = USUAL_RATE
         c.change(
             "optimizer_type",
             name,
-            f"AdamW here, at {USUAL_RATE}: the rate {rate} was a factor on one that {name} finds by itself",
+            f"AdamW here, at train.learning_rate = {USUAL_RATE}: the rate {rate} was a factor on one that {name} finds "
+            "by itself. Watch the loss, and set a third or three times as much",
         )
     elif plain.startswith("lion"):
         replaced = 3 * rate
@@ -66,21 +71,27 @@ def carry_optimizer(c: Carrying, rate: float) -> float | None:
             name,
             f"AdamW here, at three times the rate, which is about as fast as Lion at {rate}",
         )
-    elif plain in EIGHT_BIT:
+    elif plain == "adamw" and name.lower() != "adamw":
         c.change("optimizer_type", name, "AdamW here, whose moments of a LoRA are small in fp32 too")
     elif plain != "adamw":
         c.leave("optimizer_type", name, "AdamW is used")
-    _optimizer_args(c)
+    if replaced is None and plain != "adamw" and rate > MOST_RATE:
+        replaced = USUAL_RATE
+        c.change(
+            "learning_rate", rate, f"train.learning_rate = {USUAL_RATE} here: AdamW would run away at that"
+        )
     return replaced
 
 
-def _optimizer_args(c: Carrying) -> None:
-    """`weight_decay=0.1 betas=0.9,0.99` as kohya writes them, in one text or a list."""
+def _optimizer_args(c: Carrying) -> dict[str, str]:
+    """`weight_decay=0.1 betas=0.9,0.99` as kohya writes them, in one text or a list -> by name."""
+    found: dict[str, str] = {}
     given = c.given.pop("optimizer_args", None) or []
     words = [word for part in (given if isinstance(given, list) else [given]) for word in str(part).split()]
     for word in words:
         name, _, value = word.partition("=")
-        value = value.strip("\"'")
+        name, value = name.strip("\"'"), value.strip("\"'")
+        found[name] = value
         if name == "weight_decay":
             c.apply({name: ("train.weight_decay", finite)}, {name: value})
         elif (name, value.replace(" ", "").strip("()")) not in (
@@ -89,23 +100,24 @@ def _optimizer_args(c: Carrying) -> None:
             ("eps", "1e-08"),
         ):
             c.leave(f"optimizer_args {name}", value)
+    return found
 
 
-def carry_schedule(c: Carrying, steps: int) -> None:
-    """`lr_warmup_steps` below 1 is a share of the steps."""
+def carry_schedule(c: Carrying, steps: int, *, of: float = 1.0) -> None:
+    """`lr_warmup_steps` below 1 is a share of the steps. `of`: steps here for one there."""
     name = text(c.take("lr_scheduler", default="constant"))
     warmup = c.number("lr_warmup_steps") or 0.0
-    warmup = warmup * steps if warmup < 1 else warmup
-    cycles, power = c.number("lr_scheduler_num_cycles", None), c.take("lr_scheduler_power", "lr_power")
-    if c.take("lr_num_cycles") not in (None, 1, "1") and name == "cosine_with_restarts":
-        cycles = 2  # any number above one is the same loss
+    warmup = warmup * steps if warmup < 1 else warmup * of
+    power_name = "lr_power" if "lr_power" in c.given else "lr_scheduler_power"
+    power, times = c.take(power_name), c.number("lr_num_cycles")  # diffusers' words
+    cycles = c.number("lr_scheduler_num_cycles", times if times is not None and times > 1 else None)
     schedule = "constant" if name.startswith("constant") else "cosine"
     if name == "cosine_with_restarts" and cycles not in (None, 0, 1):
         c.change("lr_scheduler", name, f'"cosine" here, once from the peak to 0 and not {cycles:.0f} times')
     elif name in ("linear", "polynomial"):
         c.change("lr_scheduler", name, '"cosine" here: it too falls to 0, slower at first and at the end')
         if power not in (None, 1, "1", "1.0"):
-            c.leave("lr_scheduler_power", power)
+            c.leave(power_name, power)
     elif name not in ("constant", "constant_with_warmup", "cosine", "cosine_with_restarts"):
         c.leave("lr_scheduler", name, '"constant" is used')
         schedule = "constant"

@@ -61,6 +61,35 @@ def at(config: TrainConfig, setting: str) -> Any:
         ({"network_train_unet_only": True}, "train.text_encoder_learning_rate", 0.0),
         ({"cache_text_encoder_outputs": True}, "train.text_encoder_learning_rate", 0.0),
         ({"optimizer_type": "Prodigy", "learning_rate": 1.0}, "train.learning_rate", 1e-4),
+        (
+            {"optimizer_type": "prodigyplus.ProdigyPlusScheduleFree", "unet_lr": 1},
+            "train.learning_rate",
+            1e-4,
+        ),
+        ({"optimizer_type": "DAdaptAdam", "unet_lr": 1.0, "text_encoder_lr": 0.5}, "train.rates", {}),
+        (
+            {"optimizer_type": "DAdaptAdam", "unet_lr": 1.0, "text_encoder_lr": 0.5},
+            "train.text_encoder_learning_rate",
+            5e-5,
+        ),
+        ({"optimizer_type": "some.OtherOptimizer", "learning_rate": 1.0}, "train.learning_rate", 1e-4),
+        ({"optimizer_type": "Adafactor", "learning_rate": 3e-5}, "train.learning_rate", 1e-4),
+        (
+            {
+                "optimizer_type": "Adafactor",
+                "learning_rate": 3e-5,
+                "optimizer_args": ["relative_step=False", "scale_parameter=False"],
+            },
+            "train.learning_rate",
+            3e-5,
+        ),
+        ({"optimizer_type": "PagedLion8bit", "learning_rate": 1e-5}, "train.learning_rate", 3 * 1e-5),
+        ({"use_lion_optimizer": True, "learning_rate": 1e-5}, "train.learning_rate", 3 * 1e-5),
+        ({"masked_loss": True}, "data.mask_floor", 0.0),
+        ({"alpha_mask": True}, "data.mask_floor", 0.0),
+        ({"metadata_author": "me"}, "save.author", "me"),
+        ({"validation_split": 0.1, "validate_every_n_steps": 30}, "validation.every", 30),
+        ({"validation_split": 0.1}, "validation.share", 0.1),
         ({"optimizer_type": "Lion", "learning_rate": 1e-5}, "train.learning_rate", 3 * 1e-5),
         ({"optimizer_args": ["weight_decay=0.1", "betas=0.9,0.999"]}, "train.weight_decay", 0.1),
         ({"lr_scheduler": "cosine", "lr_warmup_steps": 100}, "train.warmup_steps", 100),
@@ -264,6 +293,9 @@ def test_epochs_are_counted_and_class_pictures_take_no_turns(tmp_path: Path) -> 
     assert with_class.data.class_prompt == "dog"
     halved = imported(tmp_path, {**LEAST, "max_train_steps": 1000, "reg_data_dir": "reg"})
     assert halved.config.train.steps == 500
+    counted = {"lr_scheduler": "cosine", "lr_warmup_steps": 100, "save_every_n_steps": 200}
+    there = imported(tmp_path, {**LEAST, "max_train_steps": 1000, "reg_data_dir": "reg", **counted}).config
+    assert (there.train.warmup_steps, there.save.every) == (50, 100)
     assert any("max_train_steps = 1000" in line for line in halved.losses)
 
 
@@ -321,7 +353,8 @@ def test_a_dataset_config(tmp_path: Path) -> None:
     assert all(d.shuffle_tags for d in config.dataset)
     assert {d.class_prompt for d in config.dataset} == {"human"}
     assert config.train.batch_size == 4
-    assert config.train.steps == 2 * 3  # (2 x 3 + 4 + 2) / 4 a epoch
+    # an epoch: the first dataset's (2 x 3 + 4) / 4, rounded up, and the second's 2 / 2
+    assert config.train.steps == 2 * (3 + 1)
     assert any('batch_size of further datasets = ["2"]' in line for line in found.losses)
     assert any("girl: color_aug = true" in line for line in found.losses)
     alone = import_preset(
@@ -375,6 +408,8 @@ def test_the_gui_has_its_own_names_and_units(tmp_path: Path) -> None:
     assert config.train.text_encoder_learning_rate == 0
     assert config.train.noise_offset == 0.04
     assert config.data.resolution == 768
+    odd = {**GUI, "train_batch_size": 3, "gradient_accumulation_steps": 2}
+    assert imported(tmp_path, odd).config.train.steps == 50  # 100 / 3 / 2 x 3, rounded up once, at the end
     named = "\n".join(found.losses)
     assert "optimizer_type" in named
     assert "output_name" in named
@@ -553,7 +588,11 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert presets.parse(said, tmp_path).name == "fox"
     out.parent.mkdir()
     assert launch.main(["--import-preset", str(path), "--out", str(out)]) == 0
-    assert capsys.readouterr().out == f"Written: {out}\nnot carried over: scale_weight_norms = 1\n"
+    assert (
+        capsys.readouterr().out
+        == f"Written: {out}\nnot carried over: scale_weight_norms = 1 (nothing limits the norms: raise "
+        "train.weight_decay or lower the rate, and save often)\n"
+    )
     assert presets.load(out).lora.rank == 4
     assert launch.main(["--import-preset", str(path), "--out", str(out)]) == 2
     assert "is there already" in capsys.readouterr().err
