@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from lora_core.errors import ConfigError
 from lora_core.init_names import is_from_base
-from trainers.config_data import DatasetSettings, DataSettings, FolderSettings
+from trainers.config_data import REMOVABLE, DatasetSettings, DataSettings, FolderSettings
 from trainers.config_lora import LoraSettings
 from trainers.config_table import AnyPath, BaseName, Seed, Table, check_slug
 from trainers.config_train import TrainSettings
@@ -69,12 +69,12 @@ class TrainConfig(Table):
     @model_validator(mode="before")
     @classmethod
     def _inherit(cls, given: Any) -> Any:
-        """What a [[dataset]] leaves out is as in [data]."""
+        """What a [[dataset]] leaves out is as in [data]; an empty text takes it away."""
         if not isinstance(given, dict) or not isinstance(given.get("dataset"), list | tuple):
             return given
         shared = FolderSettings.model_fields.keys() - {"images"}
         common = {k: v for k, v in _given(given.get("data")).items() if k in shared}
-        tables = [{**common, **table} if (table := _given(t)) else t for t in given["dataset"]]
+        tables = [{**common, **_without(table)} if (table := _given(t)) else t for t in given["dataset"]]
         return {"data": {}, **given, "dataset": tables}
 
     @property
@@ -140,6 +140,11 @@ class TrainConfig(Table):
                     f'save.spelling = "{spelling}" has no words for lora.{name} = {json.dumps(value)}. Set '
                     'save.spelling = "kohya".'
                 )
+
+
+def _without(table: dict[str, Any]) -> dict[str, Any]:
+    """TOML has no word for None: a [[dataset]] says masks = "" where [data] has some."""
+    return {key: None if value == "" and key in REMOVABLE else value for key, value in table.items()}
 
 
 def _given(table: Any) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The [data] and [[dataset]] tables of a preset: the pictures and their words.
 
 What can differ from folder to folder is a `FolderSettings`. [data] has one folder and what holds for the whole run;
-or it has no `images`, and each [[dataset]] has a folder of its own, with [data]'s settings where it has none.
+or it has no `images`, and each [[dataset]] has a folder of its own, with [data]'s settings where it has none: ""
+takes one of those away, as in masks = "".
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ class FolderSettings(Table):
     @model_validator(mode="after")
     def _check_folder(self) -> Self:
         here = self.table
+        leave_out = 'set it to ""' if here == "dataset" else "leave it out"
         for name in ("prompt", "class_prompt", "trigger"):
             if (text := getattr(self, name)) is not None and not text.strip():
                 raise ConfigError(f"{here}.{name} is empty: write it, or leave the line out.")
@@ -114,7 +116,7 @@ class FolderSettings(Table):
         if self.class_prompt is not None and not self.has_class and self.class_from == "images":
             raise ConfigError(
                 f"{here}.class_prompt has no effect without class pictures: set {here}.class_count (100 is usual) "
-                f'or {here}.class_images or {here}.class_from = "model", or leave it out.'
+                f'or {here}.class_images or {here}.class_from = "model", or {leave_out}.'
             )
         if self.class_images == self.images:
             raise ConfigError(
@@ -122,13 +124,18 @@ class FolderSettings(Table):
             )
         if self.masks is not None and not self.masked_loss:
             raise ConfigError(
-                f"{here}.masks has no effect with {here}.masked_loss = false: set that to true, or leave it out."
+                f"{here}.masks has no effect with {here}.masked_loss = false: set that to true, or {leave_out}."
             )
         return self
 
 
+REMOVABLE = {
+    name for name, field in FolderSettings.model_fields.items() if field.default is None and name != "images"
+}
+
+
 class DatasetSettings(FolderSettings):
-    """One of several folders. What it leaves out is as in [data]."""
+    """One of several folders. What it leaves out is as in [data]; "" takes away what [data] has, as in masks = ""."""
 
     table: ClassVar[str] = "dataset"
 

@@ -86,8 +86,7 @@ def dump(config: TrainConfig) -> str:
                 config.data
             )  # what a folder has from there is left out, so that --set data.* still reaches it
             table[key] = [
-                {k: v for k, v in folder if v is not None and (k not in common or common[k] != v)}
-                for folder in value
+                {k: "" if v is None else v for k, v in folder if common.get(k) != v} for folder in value
             ]
         else:
             table[key] = value

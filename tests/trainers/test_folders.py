@@ -147,6 +147,72 @@ def test_datasets_are_dumped_and_read_back_and_set(tmp_path: Path) -> None:
         presets.load(copy, ["dataset.0.repeat=7"])
 
 
+UNDONE = """
+name = "two"
+[data]
+prompt = "a photo of sks dog"
+trigger = "sks"
+masked_loss = true
+masks = "masks"
+resolution = 96
+class_images = "class"
+class_prompt = "a dog"
+[[dataset]]
+images = "dogs"
+[[dataset]]
+images = "cats"
+trigger = ""
+masked_loss = false
+masks = ""
+resolution = ""
+class_images = ""
+class_prompt = ""
+"""
+
+
+def test_a_folder_takes_away_what_data_has(tmp_path: Path) -> None:
+    (tmp_path / "two.toml").write_text(UNDONE, encoding="utf-8")
+    folder(tmp_path / "dogs", "a.png")
+    folder(tmp_path / "cats", "c.png")
+    folder(tmp_path / "class", "d.png")
+    folder(tmp_path / "masks", "a.png")
+    config = presets.load(tmp_path / "two.toml")
+    dogs, cats = config.datasets
+    assert (dogs.masks, dogs.class_images, dogs.trigger) == (tmp_path / "masks", tmp_path / "class", "sks")
+    for name in ("masks", "class_images", "class_prompt", "trigger", "resolution"):
+        assert getattr(cats, name) is None
+    assert cats.prompt == "a photo of sks dog"
+    dataset = scan(config.data, 64, datasets=config.datasets)
+    assert [(e.path.name, e.masked, e.plan.bucket) for e in dataset.examples] == [
+        ("a.png", True, (96, 96)),
+        ("c.png", False, (64, 64)),
+        ("d.png", False, (96, 96)),
+    ]
+    copy = tmp_path / "copy.toml"
+    copy.write_text(presets.dump(config), encoding="utf-8")
+    assert presets.load(copy) == config
+    again = presets.load(copy, ['dataset.0.trigger=""', "dataset.1.trigger="])
+    assert [d.trigger for d in again.datasets] == [None, "sks"]  # no value at all: as [data] has it
+
+
+@pytest.mark.parametrize(
+    ("line", "instead", "says"),
+    [
+        ('masks = ""', "", r'dataset\.masks has no effect .* or set it to ""\.'),
+        ('class_prompt = ""', 'class_prompt = " "', r"dataset\.class_prompt is empty"),
+        ('class_images = ""', "", r"without dataset\.class_prompt"),
+        ('class_prompt = ""', "", r'dataset\.class_prompt has no effect .* or set it to ""\.'),
+        ('images = "cats"', 'images = ""', 'dataset.images = "" must be a path'),
+    ],
+)
+def test_half_of_it_is_refused_with_what_else_to_take_away(
+    tmp_path: Path, line: str, instead: str, says: str
+) -> None:
+    (tmp_path / "two.toml").write_text(UNDONE.replace(line, instead), encoding="utf-8")
+    with pytest.raises(ConfigError, match=says):
+        presets.load(tmp_path / "two.toml")
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"data": {"images": "x"}, "dataset": [{"images": "y"}]}, "leave one of them out"),
     ({"data": {"prompt": "x"}}, "data.images is missing. Folder with"),

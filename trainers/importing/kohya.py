@@ -11,6 +11,7 @@ from typing import Any
 
 from trainers.importing import kohya_data, kohya_network
 from trainers.importing.carrying import Carrying, Rule, counterparts, finite, is_yes, text, whole
+from trainers.importing.kohya_folder import Counted
 from trainers.importing.kohya_left import IDLE, REASONS
 from trainers.importing.reading import Given, table_of, text_of, without_sections
 from trainers.importing.shared import (
@@ -135,7 +136,7 @@ def _is_on(c: Carrying, name: str) -> bool:
     return is_yes(c.given.get(name, False))
 
 
-def _length(c: Carrying, data: kohya_data.Counted) -> None:
+def _length(c: Carrying, data: Counted) -> None:
     """Steps, and what is counted in epochs or as a share of the steps."""
     accumulation = c.preset.get("train", {}).get("gradient_accumulation", 1)
     epochs, steps, all_in_one = c.whole("max_train_epochs"), c.whole("max_train_steps"), c.whole("gui_epochs")
