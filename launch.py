@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         "": app,
         "--train": train,
         "--preflight": train,
+        "--doctor": doctor,
         "--look": look,
         "--tell": tell,
         "--import-preset": import_preset,
@@ -48,6 +49,10 @@ def main(argv: list[str] | None = None) -> int:
         return _say(str(problem), USAGE)
     except LoraError as problem:
         return _say(str(problem), FAILED)
+    except ImportError as problem:
+        if (problem.name or "").partition(".")[0] in ("app", "lora_core", "trainers"):
+            raise
+        return _say(f"{problem}. `python launch.py --doctor` tells what is missing or broken.", FAILED)
     except BrokenPipeError:  # whoever read it has enough; what is left in the buffer would raise again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
@@ -76,6 +81,14 @@ def app(args: argparse.Namespace) -> int:
     return run(
         args.models, host=args.host, port=args.port, token=args.token, open_browser=not args.no_browser
     )
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from app.doctor import as_json, examine, told, usable
+
+    found = list(examine(args.models, host=args.host, port=args.port))
+    print(as_json(found) if args.json else "\n".join(told(found)))
+    return DONE if usable(found) else FAILED
 
 
 def list_presets(args: argparse.Namespace) -> int:

@@ -174,6 +174,15 @@ GROUPS: dict[str, tuple[Command, ...]] = {
             "lora_core.commands.models:Bake",
         ),
     ),
+    "help": (
+        Command(
+            "--doctor",
+            "",
+            "what is installed, and what is wrong with it; say this where you ask for help",
+            options.doctor,
+            ("--doctor", "--doctor --json"),
+        ),
+    ),
 }
 COMMANDS = tuple(command for group in GROUPS.values() for command in group)
 

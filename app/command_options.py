@@ -23,6 +23,14 @@ def app(p: Parser) -> None:
     p.add_argument("--no-browser", action="store_true", help="do not open the browser")
 
 
+def doctor(p: Parser) -> None:
+    p.add_argument("--doctor", action="store_true", help="packages, devices, folders, port")
+    p.add_argument("--models", type=Path, default=Path("models"), help="as for the app (models)")
+    p.add_argument("--host", default="127.0.0.1", help="as for the app (127.0.0.1)")
+    p.add_argument("--port", type=int, default=7860, help="as for the app (7860)")
+    p.add_argument("--json", action="store_true", help="all of it, as one object")
+
+
 def train(p: Parser) -> None:
     p.add_argument(
         "--train", dest="preset", nargs="?", const="", metavar="PRESET", help="a preset's file, or its name"
