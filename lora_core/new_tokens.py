@@ -94,7 +94,21 @@ class _Word:
 
     @property
     def tokens(self) -> list[str]:
-        return [self.word, *(f"{self.word}_{i}" for i in range(1, len(self.rows)))]
+        return tokens_of(self.word, len(self.rows))
+
+
+def tokens_of(word: str, vectors: int) -> list[str]:
+    return [word, *(f"{word}_{i}" for i in range(1, vectors))]
+
+
+def knowing(tokenizer: Any, tokens: Sequence[str]) -> Any:
+    """A copy of the tokenizer that takes each of these for one token, as it stands, whatever its case; a plain word is
+    not found inside another."""
+    found = copy.deepcopy(tokenizer)
+    found.add_tokens(
+        [AddedToken(t, normalized=False, single_word=t[0].isalnum() and t[-1].isalnum()) for t in tokens]
+    )
+    return found
 
 
 class _Encoder:
@@ -147,12 +161,8 @@ class _Encoder:
             self._handles = []
             return
         own = getattr(self._pipeline, name) if self._own is None else self._own
-        tokenizer = copy.deepcopy(own)
         tokens = [token for one in words for token in one.tokens]
-        # as it stands, whatever its case; a plain word is not found inside another
-        tokenizer.add_tokens(
-            [AddedToken(t, normalized=False, single_word=t[0].isalnum() and t[-1].isalnum()) for t in tokens]
-        )
+        tokenizer = knowing(own, tokens)
         numbers = tokenizer.convert_tokens_to_ids(tokens)
         if len(set(numbers)) != len(tokens) or min(numbers) < len(own):
             raise LoraError(f"The tokenizer did not take {_joined(tokens)}. Choose other words.")

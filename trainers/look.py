@@ -9,6 +9,7 @@ draws.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -19,10 +20,11 @@ from PIL import Image
 
 from lora_core.base_parts import clip_tokenizer
 from lora_core.models import find_base
+from lora_core.new_tokens import knowing, tokens_of
 from lora_core.safe_writes import write_atomic
 from trainers.batches import Feeder, turns
 from trainers.buckets import View, apply
-from trainers.conditioning import lengths, tokenize
+from trainers.conditioning import TOKENIZERS, lengths, tokenize
 from trainers.config import TrainConfig
 from trainers.dataset import Dataset, Example, layers, read
 from trainers.folders import Kind
@@ -92,18 +94,40 @@ class PlainTokenizer:
     def __init__(self) -> None:
         self.tokenizer = clip_tokenizer()
 
-    def maybe_convert_prompt(self, prompt: str, _: Any) -> str:
+    def maybe_convert_prompt(self, prompt: str, tokenizer: Any) -> str:
+        """New words of several vectors spelled out, as pipelines do."""
+        known = tokenizer.get_added_vocab()
+        for token in {token for token in tokenizer.tokenize(prompt) if token in known}:
+            several = itertools.takewhile(known.__contains__, (f"{token}_{i}" for i in itertools.count(1)))
+            prompt = prompt.replace(token, " ".join([token, *several]))
         return prompt
 
 
 def reader(config: TrainConfig) -> tuple[Any, int, str]:
     """-> what tokenizes, the base's resolution, and its name; no weight is read and nothing downloaded."""
     if config.base != "demo" and not Path(config.base).exists():
-        return PlainTokenizer(), UNKNOWN_SIDE, f"{config.base} (not on this machine)"
-    found = find_base(config.base)
-    unet = found.parts["unet"]
-    side = int(unet.config.sample_size) * int(found.pipeline.vae_scale_factor)
-    return found.pipeline, side, found.name
+        texts: Any = PlainTokenizer()
+        side, name = UNKNOWN_SIDE, f"{config.base} (not on this machine)"
+    else:
+        found = find_base(config.base)
+        texts, name = found.pipeline, found.name
+        side = int(found.parts["unet"].config.sample_size) * int(texts.vae_scale_factor)
+    if config.lora.new_tokens:
+        for own in TOKENIZERS.values():
+            if (tokenizer := getattr(texts, own, None)) is not None:
+                setattr(texts, own, knowing(tokenizer, new_tokens(config, tokenizer)))
+    return texts, side, name
+
+
+def new_tokens(config: TrainConfig, tokenizer: Any) -> list[str]:
+    """The tokens that the training adds: a word's vectors are as many as the tokens it begins as, or a number."""
+    counts = {
+        word: len(tokenizer(begins, add_special_tokens=False).input_ids)
+        if isinstance(begins, str)
+        else begins
+        for word, begins in config.lora.new_tokens.items()
+    }
+    return [token for word, count in counts.items() for token in tokens_of(word, count)]
 
 
 def find(config: TrainConfig, resolution: int) -> tuple[Dataset, list[str]]:
