@@ -18,7 +18,6 @@ from PIL import Image, ImageFilter
 
 import launch
 from lora_core import LivePipeline, LoraConfig, attach, detach
-from lora_core.base_parts import clip_tokenizer
 from lora_core.errors import ConfigError
 from lora_core.trainable.words import learn_words
 from tests.trainers.runs import config
@@ -229,17 +228,14 @@ def test_sharpness_is_the_variance_of_the_laplacian() -> None:
 def test_new_words_are_counted_as_the_training_counts_them(tmp_path: Path, base: str) -> None:
     """Against the tokenizer that stands in the pipeline while they are learned."""
     words = {"<fox>": "animal", "<look>": 3, "zxqwv": "a red dog"}
-    text = "a photo of <fox>, zxqwv and zxqwvs in the style of <look>"
+    text = "a photo of <fox>, zxqwv and so on in the style of <look>"
     asked = config(
         tmp_path, base, data={"images": folder(tmp_path / "p"), "prompt": text}, lora={"new_tokens": words}
     )
     facts = look(asked, tmp_path / "out")
     shown = {prompt["text"]: prompt["tokens"] for p in facts["pictures"] for prompt in p["prompts"]}
-    if (
-        base != "demo"
-    ):  # of CLIP's own words: two marks, 8 words and a comma, 1 + 3 + 3 vectors, what "zxqwvs" is cut into
-        pieces = clip_tokenizer()("zxqwvs", add_special_tokens=False).input_ids
-        assert shown[text] == 2 + 8 + 1 + 7 + len(pieces)
+    if base != "demo":  # CLIP's own words: two marks, ten words, a comma, and 1 + 3 + 3 vectors
+        assert shown[text] == 2 + 10 + 1 + 7
         return
     pipe = LivePipeline.open("demo", device="cpu")
     form = attach(pipe.models, LoraConfig(rank=1))
