@@ -36,10 +36,14 @@ def sidecar(image: Path) -> Path:
 
 
 def sidecars(image: Path) -> list[Path]:
-    """The caption files there are, the one that counts first; links that lead nowhere too."""
-    return [
-        path for path in (image.with_suffix(end) for end in ENDINGS) if path.exists() or path.is_symlink()
-    ]
+    """The caption files there are, the one that counts first, .TXT where there is no .txt; links that lead nowhere
+    too."""
+    found = []
+    for end in ENDINGS:
+        spellings = (image.with_suffix(end), image.with_suffix(end.upper()))
+        there = [path for path in spellings if path.exists() or path.is_symlink()]
+        found += there[:1]
+    return found
 
 
 def own_caption(image: Path) -> Caption:
@@ -88,8 +92,8 @@ def draw(lines: Sequence[str], settings: FolderSettings, rng: random.Random) -> 
 
 
 def with_trigger(line: str, trigger: str | None) -> str:
-    """The trigger, a comma, the caption; one that has the word already stays as it is."""
-    if trigger is None or trigger in line:
+    """The trigger, a comma, the caption; one that has the word already, and not inside another, stays as it is."""
+    if trigger is None or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", line):
         return line
     return f"{trigger}, {line}" if line else trigger
 

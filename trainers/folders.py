@@ -31,6 +31,7 @@ class Source:
     prompt: str | None
     repeats: int
     setting: str  # that named it, for messages
+    around: bool = False  # kohya's folders are inside, so it may have no pictures of its own
 
     @property
     def own_words(self) -> bool:
@@ -66,12 +67,15 @@ def sources(datasets: Sequence[DatasetSettings]) -> list[Source]:
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """Files in `folder` whose name says picture, sorted by name; none if there is no folder. Masks are none."""
+    """Files in `folder` whose name says picture, sorted by name; none if there is no folder. Masks are none, nor is
+    what macOS puts beside a picture on foreign disks, by its name and a "._" before it."""
     if not folder.is_dir():
         return []
-    return sorted(
-        p for p in folder.iterdir() if p.suffix.lower() in EXTENSIONS and not p.is_dir() and not is_mask(p)
-    )
+    return sorted(p for p in folder.iterdir() if _is_picture(p) and not p.is_dir())
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in EXTENSIONS and not path.name.startswith("._") and not is_mask(path)
 
 
 def kohya_folders(folder: Path) -> list[tuple[Path, int, str]]:
@@ -85,19 +89,18 @@ def kohya_folders(folder: Path) -> list[tuple[Path, int, str]]:
 
 
 def _expand(source: Source) -> list[Source]:
-    """A folder of kohya's folders -> these, and the folder itself where pictures lie beside them."""
+    """A folder of kohya's folders -> these, and before them the folder itself, for what lies beside them."""
     folder, setting = source.folder, source.setting
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "does not exist"
         raise ConfigError(f"{setting} must be a folder with pictures, but {folder} {found}.")
     try:
         inside = kohya_folders(folder)
-        own = picture_files(folder)
     except OSError as problem:
         raise ConfigError(f"{setting} ({folder}) cannot be read: {problem.strerror}.") from problem
     if not inside:
         return [source]
-    parts = [source] if own else []
+    parts = [replace(source, around=True)]
     for path, repeats, prompt in inside:
         if repeats == 0:
             raise ConfigError(

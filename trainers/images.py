@@ -16,7 +16,21 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lora_core.errors import FileRefused
 
-EXTENSIONS = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+EXTENSIONS = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+UNREAD = (
+    ".heic",
+    ".heif",
+    ".jxl",
+    ".jp2",
+    ".psd",
+    ".svg",
+    ".tga",
+    ".dng",
+    ".cr2",
+    ".cr3",
+    ".nef",
+    ".arw",
+)  # pictures too
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 64_000_000
 
@@ -110,8 +124,16 @@ def _opened(data: bytes, path: Path) -> Image.Image:
 
 
 def _layers(image: Image.Image, path: Path, background: str) -> tuple[Image.Image, Image.Image | None]:
+    clear = image.info.get(
+        "transparency"
+    )  # the one colour that a PNG calls transparent, in its own number of bits
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips it to white
+        seen = None if clear is None else Image.fromarray(np.asarray(image) != clear).convert("L")
         image = _eight_bits(image, path)
+        if seen is not None:
+            image.putalpha(seen)
+    elif isinstance(clear, tuple) and max(clear) > 255:  # Pillow has kept the upper eight bits of its pixels
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
     if image.mode == "F":
         finite = bool(np.isfinite(np.asarray(image)).all())
         found = "floating-point numbers of unknown range" if finite else "NaN or infinite in places"

@@ -268,4 +268,4 @@ def _short(text: str, most: int = 80) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")  # a name on Linux may be no text

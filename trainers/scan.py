@@ -39,22 +39,34 @@ def scan(
     """
     found: dict[Kind, list[Example]] = {"instance": [], "class": []}
     reports = []
-    for source in sources(datasets or (settings.as_dataset(),)):
+    every = sources(datasets or (settings.as_dataset(),))
+    elsewhere = {path for s in every for path in (s.folder, s.settings.masks) if path is not None}
+    for source in every:
         own = source.settings.resolution or resolution
         several = source.settings.more_resolutions if source.kind == "instance" else ()
         buckets = [Buckets.of(settings, side) for side in dict.fromkeys((own, *several))]
-        examples, notes = _scan_folder(source, buckets, settings.bad_images == "refuse", report)
+        asked = _Asked(source, buckets, settings.bad_images == "refuse", elsewhere)
+        examples, notes = _scan_folder(asked, report)
         found[source.kind] += examples
-        reports.append(notes)
+        if not source.around or notes.used or notes.bad or notes.other:
+            reports.append(notes)
     return Dataset(tuple(found["instance"]), tuple(found["class"]), tuple(reports), resolution)
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """One folder to read. `elsewhere`: folders that are read for themselves, which may lie in it."""
+
+    source: Source
+    buckets: Sequence[Buckets]
+    refuse: bool
+    elsewhere: set[Path]
+
+
 def _scan_folder(
-    source: Source,
-    buckets: Sequence[Buckets],
-    refuse: bool,
-    report: Callable[[ScanReport], None] | None,
+    asked: _Asked, report: Callable[[ScanReport], None] | None
 ) -> tuple[list[Example], ScanReport]:
+    source = asked.source
     folder = source.folder
     try:
         pictures, entries = picture_files(folder), sorted(folder.iterdir())
@@ -82,19 +94,21 @@ def _scan_folder(
         notes.take(path.name, animated=seen.animated, masked=seen.masked if source.masked else None)
         if seen.mask is not None and seen.mask.parent == folder:
             found.masks.add(seen.mask.name)
-        for bucket in buckets:
+        for bucket in asked.buckets:
             plan = plan_crop(seen.size, bucket.fit(seen.size))
             notes.place(path.name, seen.size, plan)
             if lines:  # else it is in notes.uncaptioned, and refused below with the others
                 examples.append(Example(path, lines, seen.size, plan, source, seen.masked, seen.mask))
     read = {p.name for p in pictures} | found.captions | found.masks
     notes.other.extend(
-        p.name + "/" * p.is_dir() for p in entries if p.name not in read and p != source.settings.masks
+        p.name + "/" * p.is_dir() for p in entries if p.name not in read and p not in asked.elsewhere
     )
     notes.shared = {name: users for name, users in found.users.items() if len(users) > 1}
-    if report is not None:
+    nothing = not (notes.used or notes.bad)
+    if report is not None and not (source.around and nothing and not notes.other):
         report(notes)
-    _refuse(notes, source, refuse, complete=not wordless)
+    if not (source.around and nothing):
+        _refuse(notes, source, asked.refuse, complete=not wordless)
     return examples, notes
 
 
@@ -131,8 +145,9 @@ def _measure(path: Path, source: Source) -> _Seen:
 
 def _mask_file(path: Path, masks: Path | None) -> Path | None:
     """photo.jpg -> photo.mask.png or photo-masklabel.png beside it, or photo.* in the folder of masks."""
-    beside = [path.with_name(path.stem + end + kind) for end in MASK_ENDINGS for kind in EXTENSIONS]
-    apart = [] if masks is None else [masks / (path.stem + kind) for kind in EXTENSIONS]
+    kinds = (*EXTENSIONS, *(kind.upper() for kind in EXTENSIONS))
+    beside = [path.with_name(path.stem + end + kind) for end in MASK_ENDINGS for kind in kinds]
+    apart = [] if masks is None else [masks / (path.stem + kind) for kind in kinds]
     return next((p for p in (*beside, *apart) if p.is_file() and _inside(p, p.parent)), None)
 
 

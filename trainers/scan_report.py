@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trainers.buckets import CropPlan, Size
 from trainers.captions import ENDINGS
-from trainers.images import is_mask
+from trainers.images import UNREAD, is_mask
 
 MUCH = 0.1  # of a picture cut off is worth a word
 
@@ -94,7 +94,9 @@ class ScanReport:
             said.append(f"Captions without a picture: {listed(self.orphans)}.")
         if self.masks:
             said.append(f"Masks that are not used: {listed(self.masks)}.")
-        known = {*self.orphans, *self.masks}
+        if unread := [name for name in self.other if name.lower().endswith(UNREAD)]:
+            said.append(f"Pictures of a kind that is not read, to be saved as PNG or JPEG: {listed(unread)}.")
+        known = {*self.orphans, *self.masks, *unread}
         if strangers := [name for name in self.other if name not in known]:
             said.append(f"Not read: {listed(strangers)}.")
         return said

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from lora_core.errors import ConfigError
-from trainers.captions import draw, possible, sidecars
+from trainers.captions import draw, possible, sidecars, with_trigger
 from trainers.config_data import DataSettings
 from trainers.sampler import Draw
 from trainers.scan import scan
@@ -61,6 +61,22 @@ def test_the_trigger_comes_first_and_once() -> None:
     assert set(drawn([TAGS], trigger="zxq", shuffle_tags=True, keep_tokens=5)) == {f"zxq, {TAGS}"}
     assert set(drawn(["a photo of zxq dog"], trigger="zxq")) == {"a photo of zxq dog"}
     assert set(drawn([""], trigger="zxq")) == {"zxq"}
+
+
+@pytest.mark.parametrize(
+    ("caption", "shown"),
+    [
+        ("a sks dog", "a sks dog"),
+        ("she asks a dog", "sks, she asks a dog"),  # inside another word it is none
+        ("sks, dog", "sks, dog"),
+        ("sksdog", "sks, sksdog"),
+        ("(sks:1.2) dog", "(sks:1.2) dog"),
+    ],
+)
+def test_the_trigger_is_a_word_of_its_own(caption: str, shown: str) -> None:
+    assert with_trigger(caption, "sks") == shown
+    assert with_trigger("a <fox> here", "<fox>") == "a <fox> here"
+    assert with_trigger("a.b.c", "a+b") == "a+b, a.b.c"
 
 
 def test_wildcards_are_drawn_evenly_nested_and_empty_ones_too() -> None:

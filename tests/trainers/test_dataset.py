@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -113,6 +114,38 @@ def test_every_file_of_a_folder_is_accounted_for(tmp_path: Path) -> None:
         assert entry.name in said or entry.name in report.used or entry.name in ("a.txt", "bad.txt")
 
 
+def test_odd_names_are_accounted_for_too(tmp_path: Path) -> None:
+    """Capital endings, what cameras and systems leave behind, pictures of another kind, links that lead nowhere."""
+    folder = tmp_path / "photos"
+    for name in ("a.JPG", "c d [1] 20%#.png", "new\nline.png", "photo.v2.png", "ü 名前.webp"):
+        picture(folder / name)
+    picture(folder / "e.jpg")
+    (folder / "e.jpg").rename(folder / "e.jfif")
+    for name in ("a.TXT", "c d [1] 20%#.txt", "photo.v2.CAPTION"):
+        (folder / name).write_text(f"words of {name}", encoding="utf-8")
+    mask = Image.new("L", (96, 64), 255)
+    mask.save(folder / "a.mask.PNG")
+    for name in ("._a.JPG", ".DS_Store", "f.HEIC", "g.jxl", "k.npz"):
+        (folder / name).write_bytes(b"x")
+    (folder / "zero.png").write_bytes(b"")
+    (folder / "lost.png").symlink_to("nowhere.png")
+    (folder / "ring.png").symlink_to("ring.png")
+    os.mkfifo(folder / "pipe.png")
+    dataset = scan(settings(folder, masked_loss=True), 64)
+    (report,) = dataset.reports
+    words = {"a.JPG": "a.TXT", "c d [1] 20%#.png": "c d [1] 20%#.txt", "photo.v2.png": "photo.v2.CAPTION"}
+    assert {e.path.name: e.caption for e in dataset.examples} == {
+        **dict.fromkeys(("e.jfif", "new\nline.png", "ü 名前.webp"), "a photo of sks dog"),
+        **{name: f"words of {file}" for name, file in words.items()},
+    }
+    assert [e.path.name for e in dataset.examples if e.masked] == ["a.JPG"]
+    assert report.bad.keys() == {"lost.png", "pipe.png", "ring.png", "zero.png"}
+    assert report.other == sorted([".DS_Store", "._a.JPG", "f.HEIC", "g.jxl", "k.npz"])
+    said = str(report)
+    assert "Pictures of a kind that is not read, to be saved as PNG or JPEG: f.HEIC, g.jxl." in said
+    assert "Not read: .DS_Store, ._a.JPG, k.npz." in said
+
+
 def test_with_captions_off_text_files_are_reported_not_read(tmp_path: Path) -> None:
     picture(tmp_path / "a.jpg").with_suffix(".txt").write_text("words", encoding="utf-8")
     dataset = scan(settings(tmp_path, captions=False), 64)
@@ -124,7 +157,7 @@ def test_folders_without_pictures(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     said, _ = refusal(settings(empty))
-    assert "holds no pictures. Read are .avif, .bmp, .gif, .jpeg" in said
+    assert "holds no pictures. Read are .avif, .bmp, .gif, .jfif, .jpeg" in said
     assert "The folder is empty." in said
     (empty / "photo.heic").write_bytes(b"x")
     (empty / "notes.docx").write_bytes(b"x")

@@ -53,6 +53,7 @@ def test_kohyas_folders(tmp_path: Path) -> None:
         ("e.png", "dog", 2),
     ]
     assert [(r.folder.name, r.used) for r in dataset.reports] == [
+        (tmp_path.name, []),  # of 2019_paris
         ("10_sks dog", ["a.png", "b.png"]),
         ("3_sks_cat", ["c.png"]),
         ("2_dog", ["e.png"]),
@@ -64,6 +65,27 @@ def test_pictures_beside_kohyas_folders_are_used_as_well(tmp_path: Path) -> None
     folder(tmp_path / "2_sks dog", "a.png")
     folder(tmp_path, "own.png")
     assert told(scanned(images=tmp_path, prompt="mine")) == [("own.png", "mine", 1), ("a.png", "sks dog", 2)]
+
+
+def test_what_lies_beside_kohyas_folders_is_named(tmp_path: Path) -> None:
+    """kohya reads no other folder there, and neither do we: but it is said."""
+    folder(tmp_path / "10_sks dog", "a.png")
+    folder(tmp_path / "10_sks dog" / "3_deeper", "x.png")
+    folder(tmp_path / "no number", "b.png")
+    folder(tmp_path / "class" / "1_dog", "e.png")
+    folder(tmp_path / "masks", "a.png")
+    (tmp_path / "notes.md").write_text("x", encoding="utf-8")
+    data = {"images": tmp_path, "class_images": tmp_path / "class", "class_prompt": "a dog"}
+    dataset = scanned(**data, masked_loss=True, masks=tmp_path / "masks")
+    assert told(dataset) == [("a.png", "sks dog", 10), ("e.png", "dog", 1)]
+    assert [(r.folder, r.used, r.other) for r in dataset.reports] == [
+        (tmp_path, [], ["no number/", "notes.md"]),
+        (tmp_path / "10_sks dog", ["a.png"], ["3_deeper/"]),
+        (tmp_path / "class" / "1_dog", ["e.png"], []),
+    ]
+    folder(tmp_path, "own.png")
+    beside = scanned(**data, prompt="mine").reports[0]
+    assert (beside.used, beside.other) == (["own.png"], ["masks/", "no number/", "notes.md"])
 
 
 def test_no_repeats_are_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from trainers.buckets import CropPlan, View, apply, plan_crop
 from trainers.captions import read_caption, sidecar
-from trainers.images import MAX_BYTES, BadImage, open_image
+from trainers.images import MAX_BYTES, BadImage, decode_layers, open_image
 
 ORIENTATION = 0x0112
 
@@ -97,6 +97,34 @@ def test_transparency_goes_onto_white(tmp_path: Path) -> None:
     assert open_image(tmp_path / "hole.png").getpixel((3, 3)) == (255, 255, 255)
     assert open_image(tmp_path / "solid.png").getpixel((3, 3)) == (200, 0, 0)
     assert open_image(tmp_path / "colour_key.png").getpixel((3, 3)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("colour_type", "samples", "clear"),
+    [
+        (0, [0x8012, 0x8013], [0x8012]),
+        (2, [0x80FF, 0x0101, 0xFFFF, 0x1234, 0x0080, 0x7FFF], [0x80FF, 0x0101, 0xFFFF]),
+    ],
+)
+def test_the_transparent_colour_of_sixteen_bits(
+    tmp_path: Path, colour_type: int, samples: list[int], clear: list[int]
+) -> None:
+    """A PNG of two pixels by hand; the first has the colour that tRNS calls transparent."""
+    row = b"\0" + struct.pack(f">{len(samples)}H", *samples)
+    body = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, colour_type, 0, 0, 0))
+    body += chunk(b"tRNS", struct.pack(f">{len(clear)}H", *clear))
+    body += chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
+    path = tmp_path / "key.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    image, opacity = decode_layers(path.read_bytes(), path, "blue")
+    assert opacity is not None
+    assert [opacity.getpixel((x, 0)) for x in (0, 1)] == [0, 255]
+    assert image.getpixel((0, 0)) == (0, 0, 255)
+    assert image.getpixel((1, 0)) == ((128, 128, 128) if colour_type == 0 else (0x12, 0x00, 0x7F))
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.tif"])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
 import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -222,6 +224,17 @@ def test_sharpness_is_the_variance_of_the_laplacian() -> None:
     assert sharpness(Image.fromarray(values)) == pytest.approx(np.var(found))
     picture = scene(3, (512, 512))
     assert sharpness(picture.filter(ImageFilter.GaussianBlur(3))) < BLURRED < sharpness(picture)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_name_that_is_no_text_is_shown_all_the_same(tmp_path: Path) -> None:
+    images = tmp_path / "p"
+    images.mkdir()
+    scene(1).save(images / "a.png")
+    (images / "a.png").rename(images / os.fsdecode(b"odd\xff.png"))
+    facts = look(config(tmp_path, "demo", data={"images": images, "prompt": "x"}), tmp_path / "out")
+    assert [p["file"] for p in facts["pictures"]] == ["odd\udcff.png"]
+    assert "odd\\udcff.png" in Path(facts["page"]).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("base", ["demo", "somewhere/else"])
