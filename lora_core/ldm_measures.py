@@ -19,6 +19,8 @@ HEAD_WIDTH = (
 OPENCLIP_USED = 23  # of SD 2's 24 layers: Stable Diffusion takes what enters the last one
 SIZES = 6  # numbers of SDXL's size conditioning: original size, crop, target size
 
+SDXL_DEPTH = 10  # transformer layers of its lowest level, which its smaller siblings do not have
+
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -58,7 +60,7 @@ def unet_measures(shapes: Shapes, family: str) -> dict[str, Any]:
     if family != "sd1":
         found["attention_head_dim"] = tuple(max(1, width // HEAD_WIDTH) for width in channels)
     if family == "sdxl":
-        found["transformer_layers_per_block"] = tuple(max(1, depth) for depth in depths)
+        found |= _sdxl_depths(shapes, len(starts), ends[0] - 1)
         found["projection_class_embeddings_input_dim"] = side(shapes, "label_emb.0.0.weight", 1)
     return found
 
@@ -67,12 +69,35 @@ def _depth(shapes: Shapes, attention: str) -> int:
     return next(n for n in count() if f"{attention}.transformer_blocks.{n}.attn1.to_q.weight" not in shapes)
 
 
-def is_pruned(shapes: Shapes, depths: tuple[int, ...]) -> bool:
-    """Whether an SDXL UNet has other depths in the middle or on the way up than on the way down: SSD-1B, Vega and KOALA
-    do, and are another architecture."""
+def _sdxl_depths(shapes: Shapes, levels: int, layers: int) -> dict[str, Any]:
+    """How many transformer layers stand where. SDXL has as many in a level on the way down as in the middle and on the
+    way up; of its smaller siblings (SSD-1B, Segmind-Vega, KOALA) each has its own, and most have less of a middle."""
+    down = [
+        [_depth(shapes, f"input_blocks.{1 + i * (layers + 1) + n}.1") for n in range(layers)]
+        for i in range(levels)
+    ]
+    up = [
+        [_depth(shapes, f"output_blocks.{i * (layers + 1) + n}.1") for n in range(layers + 1)]
+        for i in range(levels)
+    ]
+    if down[-1][0] == SDXL_DEPTH:  # what it lacks elsewhere is missing
+        return {"transformer_layers_per_block": tuple(max(1, depths[0]) for depths in down)}
+    found: dict[str, Any] = {"transformer_layers_per_block": tuple(map(_one_or_each, down))}
+    reverse = tuple(map(_one_or_each, up))
+    if reverse != found["transformer_layers_per_block"][::-1]:
+        found["reverse_transformer_layers_per_block"] = reverse
     middle = _depth(shapes, "middle_block.1")
-    first = _depth(shapes, "output_blocks.0.1")
-    return (middle, first) != (depths[-1], depths[-1])
+    if middle not in (0, down[-1][0]):
+        raise KeyError(f"middle_block.1 of {down[-1][0]} transformer layers, as in the level before it,")
+    if not middle:
+        alone = any(key.startswith("middle_block.0.") for key in shapes)
+        found["mid_block_type"] = "UNetMidBlock2D" if alone else None
+    return found
+
+
+def _one_or_each(depths: list[int]) -> int | tuple[int, ...]:
+    """As diffusers takes them; of levels without attention it wants a number all the same."""
+    return max(1, depths[0]) if len(set(depths)) == 1 else tuple(depths)
 
 
 def vae_measures(shapes: Shapes) -> dict[str, Any]:

@@ -29,7 +29,6 @@ from lora_core.ldm_measures import (
     Shapes,
     clip_measures,
     family_of,
-    is_pruned,
     openclip_measures,
     side,
     unet_measures,
@@ -175,7 +174,7 @@ def describe(header: Header) -> SingleFile:
         data = _constants(family)
         configs = {c: data[c] | _measures(family, c, found[c]) for c in prefixes}
         if family == "sdxl":
-            _check_sdxl(configs, unet, name)
+            _check_sdxl(configs)
     except KeyError as problem:
         raise FileRefused(
             f"{name} lacks {problem.args[0]}, which every {FAMILIES[family].title} checkpoint has: it is incomplete or "
@@ -232,13 +231,9 @@ def _measures(family: str, component: str, shapes: Shapes) -> dict[str, Any]:
     return openclip_measures(shapes, family) if (family, component) in OPENCLIP else clip_measures(shapes)
 
 
-def _check_sdxl(configs: dict[str, dict[str, Any]], unet: Shapes, name: str) -> None:
+def _check_sdxl(configs: dict[str, dict[str, Any]]) -> None:
     """SDXL's size conditioning takes what the second encoder's summary leaves of its entry."""
     config = configs["unet"]
-    if is_pruned(unet, config["transformer_layers_per_block"]):
-        raise FileRefused(
-            f"{name} is a pruned SDXL (such as SSD-1B), whose layers SDXL's LoRAs do not fit. Open a full SDXL model."
-        )
     left = config["projection_class_embeddings_input_dim"] - configs["text_encoder_2"]["projection_dim"]
     if left <= 0 or left % SIZES:
         raise KeyError("a label_emb.0.0.weight that fits its second text encoder")

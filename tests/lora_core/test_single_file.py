@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (
     convert_ldm_clip_checkpoint,
     convert_ldm_unet_checkpoint,
@@ -321,14 +323,81 @@ def test_an_openclip_without_its_unused_layer_is_used_whole(tmp_path: Path) -> N
     assert_same_weights(opened(tmp_path / "x.safetensors").pipeline, pipe)
 
 
-def test_a_pruned_sdxl_is_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "lost",
+    ["middle_block.1.transformer_blocks.9.", "middle_block.", "output_blocks.1.1.transformer_blocks.9."],
+)
+def test_an_sdxl_without_all_of_its_layers_is_incomplete_and_no_sibling(lost: str, tmp_path: Path) -> None:
     tensors = ldm_tensors(small_pipeline("sdxl", clip_vocabulary=True))
-    pruned = {
-        k: t for k, t in tensors.items() if not k.startswith(f"{_M}middle_block.1.transformer_blocks.9.")
-    }
-    save_file(pruned, tmp_path / "x.safetensors")
-    with pytest.raises(FileRefused, match=r"x\.safetensors is a pruned SDXL"):
+    save_file(
+        {k: t for k, t in tensors.items() if not k.startswith(f"{_M}{lost}")}, tmp_path / "x.safetensors"
+    )
+    with pytest.raises(FileRefused, match=rf"x\.safetensors lacks {re.escape(_M + lost)}"):
         find_base(tmp_path / "x.safetensors")
+
+
+# SDXL's smaller siblings: transformer layers of every block in the original layout, as ComfyUI's table has them, and of
+# the middle (-1: one residual block and no attention, -2: no middle). diffusers' configuration of the same.
+SIBLINGS: dict[str, tuple[list[int], int, list[int], dict[str, Any]]] = {
+    "SSD-1B": (
+        [0, 0, 2, 2, 4, 4],
+        -1,
+        [4, 4, 10, 2, 1, 1, 0, 0, 0],
+        {
+            "transformer_layers_per_block": [1, [2, 2], [4, 4]],
+            "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
+            "mid_block_type": "UNetMidBlock2D",
+        },
+    ),
+    "Segmind-Vega": (
+        [0, 0, 1, 1, 2, 2],
+        -1,
+        [2, 2, 2, 1, 1, 1, 0, 0, 0],
+        {"transformer_layers_per_block": [1, 1, 2], "mid_block_type": "UNetMidBlock2D"},
+    ),
+    "KOALA 700M": (
+        [0, 2, 5],
+        -2,
+        [5, 5, 2, 2, 0, 0],
+        {"transformer_layers_per_block": [1, 2, 5], "mid_block_type": None, "layers_per_block": 1},
+    ),
+    "KOALA 1B": (
+        [0, 2, 6],
+        6,
+        [6, 6, 2, 2, 0, 0],
+        {"transformer_layers_per_block": [1, 2, 6], "layers_per_block": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_smaller_siblings_of_sdxl_are_opened_as_they_are(name: str, tmp_path: Path) -> None:
+    down, middle, up, config = SIBLINGS[name]
+    pipe = small_pipeline("sdxl", clip_vocabulary=True)
+    own = {k: v for k, v in pipe.unet.config.items() if not k.startswith("_")}
+    torch.manual_seed(0)
+    pipe.register_modules(unet=UNet2DConditionModel(**{**own, **config}).eval())
+    path = save_ldm_single_file(pipe, tmp_path / "x.safetensors")
+    keys = [key.removeprefix(_M) for key in load_file(path) if key.startswith(_M)]
+
+    def depth(block: str) -> int:
+        found = [re.match(rf"{block}\.1\.transformer_blocks\.(\d+)\.", key) for key in keys]
+        return 1 + max((int(f[1]) for f in found if f), default=-1)
+
+    layers = len(down) // 3
+    blocks = [n for n in range(1, 3 * (layers + 1)) if n % (layers + 1)]
+    assert [depth(f"input_blocks.{n}") for n in blocks] == down
+    assert [depth(f"output_blocks.{n}") for n in range(len(up))] == up
+    assert depth("middle_block") == max(middle, 0)
+    assert {key.split(".")[1] for key in keys if key.startswith("middle_block.")} == {
+        -1: {"0"},
+        -2: set(),
+    }.get(middle, {"0", "1", "2"})
+    base = opened(path)
+    assert (base.family.key, base.unused) == ("sdxl", ())
+    assert_same_weights(base.pipeline, pipe)
+    assert_proved(base)
+    assert torch.equal(picture(base.pipeline), picture(pipe))
 
 
 def test_a_part_of_a_fused_matrix_of_another_size_is_refused(tmp_path: Path) -> None:
