@@ -11,7 +11,6 @@ look reads the header and the alphas. A thousand files are a few with a thousand
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from benchmarks.measure import Row, compared, fastest, machine, measured, positive, table
+from benchmarks.measure import Row, compared, fastest, machine, measured, options_of, report
 from lora_core.adapter import Adapter, file_path
 from lora_core.deltas import Delta
 from lora_core.deltas.low_rank import LowRank
@@ -125,12 +124,7 @@ def layer_shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.files", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--size", choices=("tiny", "full"), default="full")
-    parser.add_argument("--only", nargs="+", choices=ROWS, metavar="NAME", help=", ".join(ROWS))
-    parser.add_argument("--repeats", type=positive, default=7, metavar="N", help="rounds (default: 7)")
+    parser = options_of("files", __doc__, ROWS, sizes=("tiny", "full"), repeats=7)
     options = parser.parse_args(arguments)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -141,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
             )
     finally:
         torch.set_num_threads(threads)
-    print(f"\n{', '.join(f'{n}: {v}' for n, v in machine().items())}\n\n{table(rows, peer='the library')}")
+    report(rows, machine(), peer="the library")
     return rows
 
 

@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
@@ -84,6 +84,26 @@ def measured(
                 print(f"{row.what}: {row.ours} {row.unit}, peer {row.peer}", file=sys.stderr, flush=True)
             print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     return found
+
+
+def options_of(
+    name: str, doc: str | None, rows: Collection[str], *, sizes: Sequence[str], repeats: int = 5
+) -> argparse.ArgumentParser:
+    """What every benchmark of rows takes. Of `sizes` the first is for tests and the second the default."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}", description=(doc or "").split("\n")[0]
+    )
+    parser.add_argument("--size", choices=sizes, default=sizes[1])
+    parser.add_argument("--only", nargs="+", choices=rows, metavar="NAME", help=", ".join(rows))
+    parser.add_argument(
+        "--repeats", type=positive, default=repeats, metavar="N", help=f"rounds per figure ({repeats})"
+    )
+    return parser
+
+
+def report(rows: Sequence[Row], facts: Mapping[str, str], peer: str = "diffusers + PEFT") -> None:
+    """Onto stdout."""
+    print(f"\n{', '.join(f'{name}: {value}' for name, value in facts.items())}\n\n{table(rows, peer)}")
 
 
 def positive(text: str) -> int:

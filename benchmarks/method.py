@@ -9,11 +9,10 @@ Every figure is a median of n rounds in which both sides take turns, after a war
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 
 from benchmarks import method_rows, swap_models
-from benchmarks.measure import Row, machine, measured, positive, table
+from benchmarks.measure import Row, machine, measured, options_of, report
 from benchmarks.method_rows import Setting
 
 ROWS: dict[str, Callable[[Setting], Iterator[Row]]] = {
@@ -26,20 +25,13 @@ ROWS: dict[str, Callable[[Setting], Iterator[Row]]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.method", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--size", choices=("tiny", "full"), default="full")
+    parser = options_of("method", __doc__, ROWS, sizes=("tiny", "full"))
     parser.add_argument("--dtype", choices=swap_models.DTYPES, default="float32", help="of the base weights")
-    parser.add_argument("--only", nargs="+", choices=ROWS, metavar="NAME", help=", ".join(ROWS))
-    parser.add_argument(
-        "--repeats", type=positive, default=5, metavar="N", help="rounds per median (default: 5)"
-    )
     options = parser.parse_args(arguments)
     setting = Setting(options.size == "tiny", swap_models.DTYPES[options.dtype], options.repeats)
     rows = measured(ROWS, options.only, setting)
     facts = {**machine(), "dtype": options.dtype}
-    print(f"\n{', '.join(f'{name}: {value}' for name, value in facts.items())}\n\n{table(rows)}")
+    report(rows, facts)
     return rows
 
 

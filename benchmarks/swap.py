@@ -10,14 +10,13 @@ Every figure is a median of n runs after a warm-up, with the garbage collector o
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks import swap_layers, swap_models, swap_rows
-from benchmarks.measure import Row, machine, measured, positive, table
+from benchmarks.measure import Row, machine, measured, options_of, positive, report
 from benchmarks.swap_rows import Setting
 
 ROWS: dict[str, Callable[[Setting], Iterator[Row]]] = {
@@ -36,15 +35,8 @@ ROWS: dict[str, Callable[[Setting], Iterator[Row]]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.swap", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--size", choices=swap_models.SIZES, default="sd15")
+    parser = options_of("swap", __doc__, ROWS, sizes=swap_models.SIZES)
     parser.add_argument("--dtype", choices=swap_models.DTYPES, default="bfloat16", help="of the models")
-    parser.add_argument("--only", nargs="+", choices=ROWS, metavar="NAME", help=", ".join(ROWS))
-    parser.add_argument(
-        "--repeats", type=positive, default=5, metavar="N", help="runs per median (default: 5)"
-    )
     parser.add_argument(
         "--swaps", type=positive, default=500, metavar="N", help="of the row of that name (500)"
     )
@@ -56,10 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
         setting = Setting(options.size, dtype, options.repeats, options.swaps, Path(folder))
         rows = measured(ROWS, options.only, setting)
     facts = {**machine(), "size": options.size, "dtype": options.dtype}
-    print(f"\n{', '.join(f'{name}: {value}' for name, value in facts.items())}\n\n{table(rows)}")
+    report(rows, facts)
     if options.json is not None:
-        report = {"machine": facts, "rows": [row.as_json() for row in rows]}
-        options.json.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        figures = {"machine": facts, "rows": [row.as_json() for row in rows]}
+        options.json.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return rows
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks import swap_models, train_rows
-from benchmarks.measure import Row, machine, measured, positive, quiet, table
+from benchmarks.measure import Row, machine, measured, options_of, quiet, report
 from benchmarks.train_rows import Setting
 
 ROWS: dict[str, Callable[[Setting], Iterator[Row]]] = {
@@ -29,15 +29,8 @@ ROWS: dict[str, Callable[[Setting], Iterator[Row]]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.train", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--size", choices=("tiny", "sd15"), default="sd15")
+    parser = options_of("train", __doc__, ROWS, sizes=("tiny", "sd15"))
     parser.add_argument("--dtype", choices=swap_models.DTYPES, default="bfloat16", help="of the base weights")
-    parser.add_argument("--only", nargs="+", choices=ROWS, metavar="NAME", help=", ".join(ROWS))
-    parser.add_argument(
-        "--repeats", type=positive, default=5, metavar="N", help="rounds per median (default: 5)"
-    )
     parser.add_argument("--alone", nargs=2, metavar=("SIDE", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.alone:  # the child of the row "memory"
@@ -50,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
         train_rows.write_base(setting)
         rows = measured(ROWS, options.only, setting)
     facts = {**machine(), "size": options.size, "dtype": options.dtype}
-    print(f"\n{', '.join(f'{name}: {value}' for name, value in facts.items())}\n\n{table(rows)}")
+    report(rows, facts)
     return rows
 
 

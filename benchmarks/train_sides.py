@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_core import read_adapter
+from lora_core.dtypes import DTYPES
 from lora_core.errors import Stopped
 from trainers.config import TrainConfig
 from trainers.control import StopRequest
 from trainers.dreambooth import train
 from trainers.events import Step, TrainEvent
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Shown = tuple[Path, str]  # a picture and its words
 
 

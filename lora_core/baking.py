@@ -23,6 +23,7 @@ from lora_core.baking_file import write_single_file
 from lora_core.base_weights import bias_of
 from lora_core.deltas import Delta
 from lora_core.deltas.bias import WithBias
+from lora_core.dtypes import DTYPES
 from lora_core.errors import ConfigError, FileRefused, LoraError, NotFinite, SaveFailed
 from lora_core.facts import Coverage
 from lora_core.families import check_belongs
@@ -40,7 +41,6 @@ from lora_core.worn import wear
 
 FROM = "lora_loom.baked"  # metadata: JSON, which LoRAs and at which weights
 BASE = "lora_loom.base"  # metadata: the base model's name
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _FILES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}  # text encoders: "model"
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
 
@@ -89,7 +89,7 @@ def bake(
     Whenever it fails, nothing is left behind.
     """
     out = Path(out)
-    if dtype is not None and dtype not in DTYPES:
+    if dtype is not None and dtype not in DTYPES.values():
         raise ConfigError(f"dtype = {dtype} cannot hold a model: use float16, bfloat16 or float32 of torch.")
     if out.exists() and not (overwrite and out.is_file() and out.suffix == ".safetensors"):
         raise LoraError(f"{out} exists already. Choose another name, or remove it first.")
@@ -158,7 +158,7 @@ class Fused:
         """dtype and shape, without making it."""
         parameter = self.weights.models[component].get_parameter(name)
         own = self.weights.dtype_of(component, name)
-        if self.dtype is None and own not in DTYPES:
+        if self.dtype is None and own not in DTYPES.values():
             raise ConfigError(
                 f"{component}.{name} of {self.weights.name} is stored as {own}: fused, the LoRA would be rounded away. "
                 "Say which dtype the new model is to have, such as float16."

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from lora_core.dtypes import DTYPES
 from lora_core.errors import ConfigError
 from lora_core.formats import read_adapter
 from lora_core.init_names import is_from_base
@@ -36,7 +37,6 @@ from trainers.training_facts import Ran
 from trainers.unchanged import shown
 from trainers.words import Words, prompts
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 

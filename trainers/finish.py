@@ -11,6 +11,7 @@ from PIL import Image
 
 from lora_core import thumbnail
 from lora_core.adapter import Adapter
+from lora_core.dtypes import DTYPES
 from lora_core.errors import NotFinite, SaveFailed
 from lora_core.formats import read_adapter, retell, write_adapter
 from lora_core.formats.cautions import cautions
@@ -25,8 +26,6 @@ from trainers.events import Emit, Note, Reported
 from trainers.images import open_image
 from trainers.run_folder import RunFolder
 from trainers.training_facts import Ran, facts
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def write_lora(

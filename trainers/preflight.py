@@ -19,12 +19,13 @@ from pathlib import Path
 import psutil
 import torch
 
+from lora_core.dtypes import DTYPES
 from lora_core.errors import ConfigError, LoraError
 from lora_core.train_form import collect
 from trainers import checkpoints
 from trainers.advice import warnings_about
 from trainers.batches import Batch
-from trainers.bench import DTYPES, Bench
+from trainers.bench import Bench
 from trainers.config import TrainConfig
 from trainers.dataset import Dataset
 from trainers.events import Preflight, size

@@ -11,7 +11,6 @@ from typing import Literal
 
 from lora_core.baking import bake
 from lora_core.commands.out import (
-    DTYPES,
     Out,
     check_free,
     described,
@@ -20,6 +19,7 @@ from lora_core.commands.out import (
     read_parent,
     size_of,
 )
+from lora_core.dtypes import DTYPES
 from lora_core.errors import ConfigError
 from lora_core.extracting import extract
 from lora_core.lower_rank import LEFT_OUT, LOST, check_rank

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
 import lora_core
 from lora_core.adapter import Adapter
 from lora_core.changes import apart
+from lora_core.dtypes import DTYPES
 from lora_core.errors import ConfigError
 from lora_core.facts import Facts, kind_name
 from lora_core.formats import read_adapter, write_adapter
@@ -23,7 +23,6 @@ from lora_core.plain_text import plain
 from lora_core.replication import read_map
 from lora_core.safe_files import hashes_of
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 NAMED = 8  # of what was not carried
 
 Weighted = Sequence[tuple[Adapter, float]]
