@@ -94,8 +94,8 @@ def _scan_folder(
         notes.take(path.name, animated=seen.animated, masked=seen.masked if source.masked else None)
         if seen.mask is not None and seen.mask.parent == folder:
             found.masks.add(seen.mask.name)
-        for bucket in asked.buckets:
-            plan = plan_crop(seen.size, bucket.fit(seen.size))
+        # where nothing is enlarged, a small picture is the same at several resolutions: once then
+        for plan in dict.fromkeys(plan_crop(seen.size, bucket.fit(seen.size)) for bucket in asked.buckets):
             notes.place(path.name, seen.size, plan)
             if lines:  # else it is in notes.uncaptioned, and refused below with the others
                 examples.append(Example(path, lines, seen.size, plan, source, seen.masked, seen.mask))

@@ -119,6 +119,20 @@ def test_more_resolutions_are_more_examples_of_the_same_picture(tmp_path: Path) 
 # --- batches ---------------------------------------------------------------------------------------------------
 
 
+def test_a_picture_that_is_not_enlarged_is_once_where_resolutions_come_to_the_same(tmp_path: Path) -> None:
+    for name, size in (("small.png", (72, 72)), ("large.png", (200, 200))):
+        Image.new("RGB", size).save(tmp_path / name)
+    data = {"images": tmp_path, "prompt": "x", "upscale": False, "more_resolutions": (96, 128)}
+    dataset = scan(DataSettings.model_validate(data), 64)
+    assert [(e.path.name, e.plan.bucket) for e in dataset.examples] == [
+        ("large.png", (64, 64)),
+        ("large.png", (96, 96)),
+        ("large.png", (128, 128)),
+        ("small.png", (64, 64)),
+        ("small.png", (72, 72)),  # of 96 and of 128
+    ]
+
+
 def test_with_one_bucket_the_order_is_the_samplers() -> None:
     """Batches straddle epochs, all of them full: what square pictures have always had."""
     batches = BatchSampler(["square"] * 5, seed=3)

@@ -140,7 +140,16 @@ def text(value: Any) -> str:
 
 
 def _same(value: Any, harmless: Iterable[Any]) -> bool:
-    return any(str(value).strip().lower() == str(other).lower() for other in harmless)
+    return any(_plain(value) == _plain(other) for other in harmless)
+
+
+def _plain(value: Any) -> Any:
+    """1, 1.0 and "1" are the same."""
+    said = str(value).strip().lower()
+    try:
+        return float(said)
+    except ValueError:
+        return said
 
 
 def _line(name: str, value: Any, why: str) -> str:

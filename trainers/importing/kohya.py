@@ -9,8 +9,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from trainers.importing import kohya_data, kohya_network
-from trainers.importing.carrying import Carrying, Rule, counterparts, finite, is_yes, text, whole
+from trainers.importing import kohya_data, kohya_network, kohya_previews
+from trainers.importing.carrying import Carrying, counterparts, finite, is_yes, text, whole
 from trainers.importing.kohya_folder import Counted
 from trainers.importing.kohya_left import IDLE, REASONS
 from trainers.importing.reading import Given, table_of, text_of, without_sections
@@ -64,7 +64,7 @@ def carry_arguments(given: Given, settings: dict[str, Any]) -> Carrying:
     _stop(c)
     _length(c, data)
     _loss(c)
-    _previews(c, given.folder)
+    kohya_previews.carry(c, given.folder)
     if c.take("save_model_as", default="safetensors") not in ("safetensors", "same as source model"):
         c.change("save_model_as", "ckpt", "files are always safetensors")
     for name, (why, harmless) in REASONS.items():
@@ -208,47 +208,3 @@ def _loss(c: Carrying) -> None:
     c.set("train.max_grad_norm", norm or 1e9)
     if not norm:
         c.change("max_grad_norm", 0, "1e9 here: never shortened")
-
-
-def _previews(c: Carrying, folder: Path) -> None:
-    prompts, every = c.take("sample_prompts"), c.preset.pop("preview", {}).get("every")
-    sampler = c.take("sample_sampler")
-    lines = _prompt_lines(c, prompts, folder)
-    if sampler and lines and every:
-        c.leave("sample_sampler", sampler, "previews use the base's own sampler")
-    if not (every and lines):
-        return
-    c.set("preview.every", every)
-    c.set("preview.prompts", [line.partition(" --")[0].strip() for line in lines])
-    flags = [dict(pair.partition(" ")[::2] for pair in line.split(" --")[1:]) for line in lines]
-    numbers: dict[str, Rule] = {
-        "s": ("preview.steps", whole),
-        "l": ("preview.guidance", finite),
-        "d": ("preview.seed", whole),
-    }
-    for flag, (setting, read) in numbers.items():
-        values = {f[flag].strip() for f in flags if flag in f}
-        if len(values) == 1:
-            c.apply({f"sample_prompts --{flag}": (setting, read)}, {f"sample_prompts --{flag}": values.pop()})
-        elif values:
-            c.leave(f"sample_prompts --{flag}", sorted(values), "one for all previews")
-    for flag, why in {
-        "n": "previews have no negative prompt",
-        "w": "previews have the training's size",
-    }.items():
-        for value in sorted({f[flag].strip() for f in flags if flag in f}):
-            c.leave(f"sample_prompts --{flag}", value, why)
-
-
-def _prompt_lines(c: Carrying, prompts: Any, folder: Path) -> list[str]:
-    """Of a file of prompts, or of the text itself."""
-    if prompts is None:
-        return []
-    named = folder / str(prompts)
-    if "\n" not in str(prompts) and Path(str(prompts)).suffix.lower() in (".txt", ".toml", ".json"):
-        if named.suffix.lower() != ".txt" or not named.is_file() or named.stat().st_size > 1 << 20:
-            c.leave("sample_prompts", prompts, "the file is not here to read; write preview.prompts")
-            return []
-        prompts = named.read_text(encoding="utf-8-sig", errors="replace")
-    lines = [line.strip() for line in str(prompts).splitlines()]
-    return [line for line in lines if line and not line.startswith("#")]

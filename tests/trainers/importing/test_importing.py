@@ -270,10 +270,43 @@ def test_what_is_switched_off_or_about_the_program_is_no_loss(tmp_path: Path) ->
         "resume": "",
         "vae": None,
         "color_aug": False,
+        "huber_scale": 1,
+        "huber_c": "0.10",
+        "max_timestep": "1000",
     }
     found = imported(tmp_path, {**LEAST, **off, "xformers": True, "max_data_loader_n_workers": 8})
     assert found.losses == ()
     assert "Not needed here: xformers = true, max_data_loader_n_workers = 8" in found.text
+
+
+TOML_PROMPTS = """
+[prompt]
+width = 768
+scale = 6
+[[prompt.subset]]
+prompt = "a fox"
+sample_steps = 20
+[[prompt.subset]]
+prompt = "a hare"
+sample_steps = 20
+"""
+JSON_PROMPTS = '[{"prompt": "a fox", "scale": 6, "sample_steps": 20, "width": 768}, {"prompt": "a hare"}]'
+TEXT_PROMPTS = "# two\na fox --w 768 --l 6 --s 20\na hare\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("p.toml", TOML_PROMPTS), ("p.json", JSON_PROMPTS), ("p.txt", TEXT_PROMPTS)]
+)
+def test_files_of_prompts(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    found = imported(tmp_path, {**LEAST, "sample_prompts": name, "sample_every_n_steps": 50})
+    preview = found.config.preview
+    assert (preview.prompts, preview.every) == (("a fox", "a hare"), 50)
+    assert (preview.steps, preview.guidance) == (20, 6.0)
+    assert any('sample_prompts --w = "768"' in line for line in found.losses)
+    gone = imported(tmp_path, {**LEAST, "sample_prompts": f"no_{name}", "sample_every_n_steps": 50})
+    assert any("is not here to read" in line for line in gone.losses)
+    assert gone.config.preview.prompts == ()
 
 
 def test_epochs_are_counted_and_class_pictures_take_no_turns(tmp_path: Path) -> None:
@@ -477,6 +510,7 @@ def test_the_sdxl_script_has_other_defaults(tmp_path: Path) -> None:
     assert config.train.text_encoder_learning_rate == 5e-6
     assert (config.train.loss_weighting, config.train.snr_gamma) == ("min_snr", 5.0)
     assert (config.data.crop, config.train.cache_latents) == ("center", True)
+    assert config.train.weight_decay == 1e-4
     assert config.save.spelling == "kohya"
 
 
