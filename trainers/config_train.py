@@ -83,7 +83,8 @@ class TrainSettings(Table):
     noise_offset: Annotated[float, Field(ge=0)] = 0.0
     """Noise that is the same all over a picture, for darker and lighter ones: 0.05 to 0.1 are usual, 0: none."""
     pyramid_noise: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Noise of coarser sizes too, each so much weaker than the one before: 0.3 to 0.8 are usual, 0: none."""
+    """Noise of coarser sizes too, each this many times as strong as the one before, as sd-scripts'
+    multires_noise_discount; the sum is brought back to variance 1. 0.3 to 0.8 are usual, 0: none."""
     input_perturbation: Annotated[float, Field(ge=0)] = 0.0
     """More noise on what the UNet sees than it has to tell (arXiv 2301.11706): 0.1 is usual, 0: none."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 PREDICTIONS = ("epsilon", "v_prediction")
+NO_SIGNAL = (
+    1e-6  # abar at the end of zero-terminal betas: 0, or 2^-24 where a scheduler must divide by it; else 5e-3
+)
 
 
 def draw_noise(
@@ -22,22 +26,46 @@ def draw_noise(
 ) -> Tensor:
     """eps (N, C, h, w) ~ N(0, 1), on the CPU.
 
-    `offset` adds so much of one number per picture and channel, which lets whole pictures become dark or light.
-    `pyramid` adds noise of a half, a quarter, ... of the size, each `pyramid` times as strong as the one before, and
-    brings the sum back to variance 1.
+    `pyramid` adds coarser noise, see below; then `offset` so much of one number per picture and channel, which lets
+    whole pictures become dark or light.
     """
     eps = torch.randn(shape, generator=generator)
     if pyramid:
-        height, width, factor, variance = *shape[2:], 1.0, 1.0
-        while min(height, width) > 1:
-            height, width, factor = height // 2, width // 2, factor * pyramid
-            coarse = torch.randn((*shape[:2], height, width), generator=generator)
-            eps = eps + factor * F.interpolate(coarse, tuple(shape[2:]), mode="nearest")
-            variance += factor**2
-        eps = eps / variance**0.5
+        eps = add_pyramid(eps, generator, pyramid)
     if offset:
         eps = eps + offset * torch.randn((*shape[:2], 1, 1), generator=generator)
     return eps
+
+
+def add_pyramid(eps: Tensor, generator: torch.Generator, discount: float) -> Tensor:
+    """Multi-resolution noise, as sd-scripts' multires_noise_discount means it, from eps (N, C, h, w):
+
+    (sqrt 2 eps + sum over i = 1, 2, ... of discount^i up(n_i)) / sqrt(its mean variance), n_i plain noise r^i times
+    smaller, r drawn from 2 to 4 each time, up to a single row or column; `up` interpolates linearly. There the plain
+    part is two draws, which are one of variance 2, and the sum is divided by the deviation that a batch happens to
+    have: here by the expected one, so that a picture's noise does not depend on the others in its batch.
+    """
+    sides, total, variance = eps.shape[2:], 2**0.5 * eps, 2.0
+    small, level = sides, 0
+    while min(small) > 1:
+        level += 1
+        ratio = 2 + 2 * float(torch.rand((), generator=generator))
+        small = torch.Size(max(1, int(side / ratio**level)) for side in sides)
+        coarse = torch.randn((*eps.shape[:2], *small), generator=generator)
+        total = total + discount**level * F.interpolate(coarse, sides, mode="bilinear")
+        kept = [_variance_kept(*ends) for ends in zip(small, sides, strict=True)]
+        variance += discount ** (2 * level) * kept[0] * kept[1]
+    even: Tensor = total / variance**0.5
+    return even
+
+
+@lru_cache(maxsize=1024)
+def _variance_kept(small: int, side: int) -> float:
+    """Of plain noise along one axis, on average, when it is interpolated linearly from `small` to `side` places."""
+    spread = F.interpolate(
+        torch.eye(small)[None], side, mode="linear"
+    )  # (1, small, side): each place's weights
+    return float(spread.square().sum() / side)
 
 
 @dataclass(frozen=True)
@@ -50,7 +78,7 @@ class NoiseSchedule:
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"prediction {self.prediction!r} is unknown; known: {', '.join(PREDICTIONS)}")
-        if self.prediction == "epsilon" and float(self.abar[-1]) <= 0:
+        if self.prediction == "epsilon" and float(self.abar[-1]) < NO_SIGNAL:
             raise ValueError(
                 "zero-terminal-SNR betas need v-prediction: at the last timestep the SNR is 0 and an epsilon "
                 "loss would divide by it. Use prediction = 'v_prediction' or the plain betas."

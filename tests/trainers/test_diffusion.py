@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
+from torch import Tensor
 
 from trainers.diffusion import NoiseSchedule, draw_noise
 
@@ -28,6 +31,19 @@ def test_min_snr_is_diffusers_scripts(prediction: str, zero_terminal: bool) -> N
     assert bool(torch.isfinite(found).all())
 
 
+def test_epsilon_without_a_signal_is_refused_whoever_made_the_betas() -> None:
+    """Euler's zero-terminal betas end at 2^-24 and not at 0, for it divides by them."""
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    for kind in (DDPMScheduler, DDIMScheduler, EulerDiscreteScheduler):
+        scheduler = kind(**betas, prediction_type="epsilon", rescale_betas_zero_snr=True)
+        with pytest.raises(ValueError, match="need v-prediction"):
+            NoiseSchedule.from_scheduler(scheduler)
+        NoiseSchedule.from_scheduler(kind(**betas, prediction_type="epsilon"))
+        NoiseSchedule.from_scheduler(
+            kind(**betas, prediction_type="v_prediction", rescale_betas_zero_snr=True)
+        )
+
+
 def test_plain_noise_is_the_generators_own() -> None:
     """What the exact comparison with the reference loop rests on."""
     shape = (2, 4, 8, 8)
@@ -45,13 +61,31 @@ def test_offset_noise_is_one_number_for_each_picture_and_channel() -> None:
     assert float(many.var()) == pytest.approx(1 + 9, rel=0.1)
 
 
+def multires(shape: tuple[int, ...], discount: float, chance: random.Random, g: torch.Generator) -> Tensor:
+    """The published formula, as sd-scripts has it: the first level is as large as the noise itself."""
+    noise, small, level = torch.randn(shape, generator=g), list(shape[2:]), 0
+    while level == 0 or min(small) > 1:
+        ratio = chance.uniform(2, 4)
+        small = [max(1, int(side / ratio**level)) for side in shape[2:]]
+        coarse = torch.randn((*shape[:2], *small), generator=g)
+        noise = noise + torch.nn.Upsample(size=shape[2:], mode="bilinear")(coarse) * discount**level
+        level += 1
+    return noise / noise.std()
+
+
+def covariances(noise: Tensor) -> list[float]:
+    """Of latents next to each other, two and four apart, and the variance of a picture's mean."""
+    along = [float((noise[..., :-k] * noise[..., k:]).mean()) for k in (1, 2, 4)]
+    return [*along, float(noise.mean((2, 3)).var())]
+
+
 @pytest.mark.parametrize("size", [(16, 16), (9, 14)])
-def test_pyramid_noise_has_variance_one_and_coarse_parts(size: tuple[int, int]) -> None:
-    generator = torch.Generator().manual_seed(5)
-    eps = draw_noise((4000, 1, *size), generator, pyramid=0.8)
-    assert float(eps.var()) == pytest.approx(1, rel=0.02)
-    neighbours = float((eps[..., :, 0] * eps[..., :, 1]).mean())  # of plain noise it is 0
-    factors = [0.8 ** (2 * i) for i in range(4 if min(size) > 8 else 3)]
-    assert 0.1 < neighbours < sum(factors) / (1 + sum(factors))
-    plain = draw_noise((4000, 1, *size), generator)
-    assert abs(float((plain[..., :, 0] * plain[..., :, 1]).mean())) < 0.02
+@pytest.mark.parametrize("discount", [0.3, 0.8])
+def test_pyramid_noise_is_multires_noise_of_variance_one(size: tuple[int, int], discount: float) -> None:
+    g, chance, shape = torch.Generator().manual_seed(5), random.Random(5), (20, 4, *size)
+    theirs = torch.cat([multires(shape, discount, chance, g) for _ in range(150)])
+    ours = torch.cat([draw_noise(shape, g, pyramid=discount) for _ in range(150)])
+    assert float(ours.var()) == pytest.approx(1, rel=0.02)
+    assert covariances(ours) == pytest.approx(covariances(theirs), rel=0.1, abs=0.004)
+    plain = draw_noise((3000, 4, *size), g)
+    assert max(covariances(plain)) < 0.3 * max(covariances(ours))
