@@ -17,6 +17,7 @@ from trainers.dataset import Dataset, Example, read
 from trainers.diffusion import draw_noise
 from trainers.folders import Kind
 from trainers.sampler import BatchSampler, Draw
+from trainers.sending import sent
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,12 @@ class Batch:
         return Batch(**both)
 
     def to(self, device: torch.device) -> Batch:
-        """On a GPU without waiting for the copy: it is pinned, and in order with what is computed from it."""
-        pinned = device.type == "cuda"
-        sent = {
-            name: (value.pin_memory() if pinned else value).to(device, non_blocking=pinned)
-            if isinstance(value, Tensor)
-            else value
+        """On a GPU without waiting for the copy."""
+        there: dict[str, Any] = {
+            name: sent(value, device) if isinstance(value, Tensor) else value
             for name, value in vars(self).items()
         }
-        return Batch(**sent)  # type: ignore[arg-type]
+        return Batch(**there)
 
 
 Row = tuple[Example, View, str]  # with its prompt
@@ -100,29 +98,41 @@ class Feeder:
             for i, (kind, mine) in enumerate(self._turns.items())
         }
 
-    def next(self, generator: torch.Generator, timesteps: int) -> list[Batch]:
-        """What one step of the batch size sees: one batch, or two where the class has another size than the pictures
-        to learn; the losses of the two add up to that of the one."""
-        drawn = {kind: self.draw(kind) for kind in self._turns}
-        return self._batches(drawn["instance"], drawn.get("class", []), generator, timesteps)
+    def next(self, generator: torch.Generator, timesteps: int, drawings: int = 1) -> list[list[Batch]]:
+        """What one optimizer step sees, of each drawing of the batch size: one batch, or two where the class has
+        another size than the pictures to learn.
+
+        The losses of all add up to the step's, in which every picture counts alike: several drawings are one large
+        batch, also where a rare shape has made some of them short.
+        """
+        drawn = [{kind: self.draw(kind) for kind in self._turns} for _ in range(drawings)]
+        return self._step(drawn, generator, timesteps)
 
     def largest(self, generator: torch.Generator, timesteps: int) -> list[Batch]:
-        """What the step with the most pixels sees; the feeder's position stays as it is."""
+        """What the drawing with the most pixels sees; the feeder's position stays as it is."""
         rows: dict[Kind, list[Row]] = {}
         for kind, mine in self._turns.items():
             example = max(mine, key=lambda e: math.prod(e.plan.bucket))
             rows[kind] = [(example, View(example.plan), example.words(Draw(0, 0, 0)))] * self.batch_size
-        return self._batches(rows["instance"], rows.get("class", []), generator, timesteps)
+        (batches,) = self._step([rows], generator, timesteps)
+        return batches
 
-    def _batches(
-        self, instances: list[Row], classes: list[Row], generator: torch.Generator, timesteps: int
-    ) -> list[Batch]:
-        if classes and classes[0][0].plan.bucket != instances[0][0].plan.bucket:
-            return [
-                self._batch(instances, len(instances), generator, timesteps),
-                self._batch(classes, 0, generator, timesteps),
-            ]
-        return [self._batch([*instances, *classes], len(instances), generator, timesteps)]
+    def _step(
+        self, drawn: Sequence[Mapping[Kind, list[Row]]], generator: torch.Generator, timesteps: int
+    ) -> list[list[Batch]]:
+        def sharers(kind: Kind) -> int:
+            return sum(len(rows.get(kind, [])) for rows in drawn)
+
+        shares = {"instance": 1 / sharers("instance"), "class": self.prior_weight / max(sharers("class"), 1)}
+        taught = sum(taught_by_model(example) for rows in drawn for example, _, _ in rows["instance"])
+        shares["model"] = self.prior_weight / max(taught, 1)
+        found = []
+        for rows in drawn:
+            instances, classes = rows["instance"], rows.get("class", [])
+            apart = classes and classes[0][0].plan.bucket != instances[0][0].plan.bucket
+            parts = [instances, classes] if apart else [[*instances, *classes]]
+            found.append([self._batch(part, shares, generator, timesteps) for part in parts])
+        return found
 
     def draw(self, kind: Kind) -> list[Row]:
         """The next batch of the pictures to learn, or of the class: what is shown, cut and said."""
@@ -133,26 +143,26 @@ class Feeder:
         return found
 
     def _batch(
-        self, rows: Sequence[Row], instances: int, generator: torch.Generator, timesteps: int
+        self, rows: Sequence[Row], shares: Mapping[str, float], generator: torch.Generator, timesteps: int
     ) -> Batch:
+        """`shares`: of one picture in the step's loss, by its kind."""
         encoded = self.encoded(rows)
         mean, std = torch.stack([e.mean for e in encoded]), torch.stack([e.std for e in encoded])
         z = draw_latents(self.vae, mean, std, generator)
         eps = draw_noise(z.shape, generator, **self.noise)
         t = torch.randint(timesteps, (len(z),), generator=generator)
-        share = torch.full((len(rows),), 1 / max(instances, 1))
-        share[instances:] = self.prior_weight / max(len(rows) - instances, 1)
+        share = torch.tensor([shares[example.kind] for example, _, _ in rows])
         share *= torch.tensor([example.source.weight for example, _, _ in rows])
         # fp32 whatever the text is in: bf16 would round 1023 pixels to 1024. The UNet casts after its sinusoids.
         time_ids = torch.tensor([view.time_ids(example.original_size) for example, view, _ in rows]).float()
         captions, names = [words for _, _, words in rows], [example.path.name for example, _, _ in rows]
         mask, from_base = weigh(encoded, self.mask_floor), [False] * len(rows)
         batch = Batch(z, eps, t, share, mask, time_ids, captions, names, from_base)
-        return self._with_class_of_model(batch, [example for example, _, _ in rows])
+        return self._with_class_of_model(batch, [example for example, _, _ in rows], shares["model"])
 
-    def _with_class_of_model(self, batch: Batch, examples: Sequence[Example]) -> Batch:
+    def _with_class_of_model(self, batch: Batch, examples: Sequence[Example], share: float) -> Batch:
         """The same latents at the same noise once more, with the class's prompt, where no pictures of it are had."""
-        again = [i for i, e in enumerate(examples) if e.source.settings.class_from == "model"]
+        again = [i for i, example in enumerate(examples) if taught_by_model(example)]
         if not again:
             return batch
         prompts = [examples[i].source.settings.class_prompt or "" for i in again]
@@ -162,7 +172,7 @@ class Feeder:
             replace(
                 rows,
                 captions=prompts,
-                share=weights * self.prior_weight / len(again),
+                share=weights * share,
                 mask=torch.ones_like(rows.mask),
                 from_base=[True] * len(again),
             )
@@ -182,6 +192,11 @@ class Feeder:
         """Raises ConfigError when the folders now hold other than as many pictures."""
         for kind, sampler in self.samplers.items():
             sampler.restore(state[kind])
+
+
+def taught_by_model(example: Example) -> bool:
+    """Whether the base model stands in for pictures of its class."""
+    return example.source.settings.class_from == "model"
 
 
 def turns(examples: Sequence[Example]) -> list[Example]:

@@ -180,10 +180,7 @@ def steps(bench: Bench, first: int, orders: Orders) -> None:
             bench.optimizer,
             optim.rate_factor(config.schedule, step - 1, steps=total, warmup=config.warmup_steps),
         )
-        drawn = [
-            bench.feeder.next(bench.generator, len(bench.schedule))
-            for _ in range(config.gradient_accumulation)
-        ]
+        drawn = bench.feeder.next(bench.generator, len(bench.schedule), config.gradient_accumulation)
         found = gradients(bench, drawn)
         norm = bench.accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
         bad = watch.keep(step, bench.optimizer.param_groups[0]["lr"], found, norm, drawn)
@@ -235,14 +232,11 @@ def steps(bench: Bench, first: int, orders: Orders) -> None:
 
 
 def gradients(bench: Bench, drawn: Sequence[Sequence[Batch]]) -> list[torch.Tensor]:
-    """Added up over the batches of a step -> the loss of each drawing, on the device. What memory has no room for is
-    done again in smaller pieces: the step is the same."""
+    """Added up over the batches of a step -> each drawing's part of its loss, on the device. What memory has no room
+    for is done again in smaller pieces: the step is the same."""
     while True:
         try:
-            return [
-                torch.stack([backward(bench, batch, 1 / len(drawn)) for batch in batches]).sum()
-                for batches in drawn
-            ]
+            return [torch.stack([backward(bench, batch) for batch in batches]).sum() for batches in drawn]
         except RuntimeError as problem:
             if not ran_out_of_memory(problem):
                 raise
@@ -250,11 +244,11 @@ def gradients(bench: Bench, drawn: Sequence[Sequence[Batch]]) -> list[torch.Tens
         make_room(bench, max(len(batch) for batches in drawn for batch in batches), why)
 
 
-def backward(bench: Bench, batch: Batch, share: float) -> torch.Tensor:
+def backward(bench: Bench, batch: Batch) -> torch.Tensor:
     parts = []
     for piece in batch.pieces(bench.pieces):
         loss = batch_loss(bench, piece.to(bench.device))
-        bench.accelerator.backward(loss * share)
+        bench.accelerator.backward(loss)
         parts.append(loss.detach())
     return torch.stack(parts).sum()
 

@@ -21,7 +21,7 @@ class Kept:
 
     step: int
     rate: float
-    losses: Tensor  # (drawings + 1,): of each drawing, and the gradient's length
+    losses: Tensor  # (drawings + 1,): each drawing's part, and the gradient's length
     drawn: Sequence[Sequence[Batch]]
 
 
@@ -64,7 +64,7 @@ class Watch:
             if not scaled and not _finite(norm):
                 every = [batch for batches in k.drawn for batch in batches]
                 raise not_finite(f"The gradient at step {k.step} has the length {norm}", every)
-            yield k.step, sum(losses) / len(losses), k.rate
+            yield k.step, sum(losses), k.rate
 
 
 def not_finite(what: str, batches: Sequence[Batch]) -> NotFinite:

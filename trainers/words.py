@@ -25,6 +25,7 @@ from trainers.captions import possible, with_trigger
 from trainers.conditioning import Conditioning, CutPrompt, encode_alone, joined, tokenize
 from trainers.dataset import Example
 from trainers.kept_tensors import FillReport, KeptTensors, all_finite, tensors_identity, weights_identity
+from trainers.sending import sent
 
 FORMAT = "text 1"
 COUNTABLE = 4096  # prompts of a run; more are not encoded beforehand
@@ -120,19 +121,15 @@ class Words:
             else:
                 ids = torch.stack([self._tokens(text)[component] for text in captions])
                 encoder = getattr(self._pipeline, component)
-                part = encode_alone(encoder, component, ids, both=len(self.components) > 1)
+                part = encode_alone(
+                    encoder, component, sent(ids, encoder.device), both=len(self.components) > 1
+                )
             parts.append(self._sent(part))
         return joined(parts)
 
     def _sent(self, part: Conditioning) -> Conditioning:
-        """On a GPU without waiting for the copy: it is pinned, and in order with what is computed from it."""
-        if self._device.type != "cuda" or part.hidden.device.type != "cpu":
-            return part.to(self._device)
-        hidden, pooled = part.hidden.pin_memory(), None if part.pooled is None else part.pooled.pin_memory()
-        return Conditioning(
-            hidden.to(self._device, non_blocking=True),
-            None if pooled is None else pooled.to(self._device, non_blocking=True),
-        )
+        pooled = None if part.pooled is None else sent(part.pooled, self._device)
+        return Conditioning(sent(part.hidden, self._device), pooled)
 
     def _tokens(self, text: str) -> dict[str, Tensor]:
         if text not in self._ids:

@@ -31,9 +31,9 @@ def spoil_batch(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """The latents of that batch are NaN."""
     plain, seen = Feeder.next, iter(range(1, 1000))
 
-    def spoilt(self: Feeder, *given: Any) -> list[Batch]:
-        (batch,) = plain(self, *given)
-        return [dataclasses.replace(batch, z=batch.z * float("nan")) if next(seen) == number else batch]
+    def spoilt(self: Feeder, *given: Any) -> list[list[Batch]]:
+        ((batch,),) = plain(self, *given)
+        return [[dataclasses.replace(batch, z=batch.z * float("nan")) if next(seen) == number else batch]]
 
     monkeypatch.setattr(Feeder, "next", spoilt)
 
@@ -224,7 +224,7 @@ def test_a_step_waits_for_nothing_but_the_look_at_the_loss(
     pictures(tmp_path / "images", 2)
     plain, looks, by_step = Feeder.next, Looks(), []
 
-    def counted(self: Feeder, *given: Any) -> list[Batch]:
+    def counted(self: Feeder, *given: Any) -> list[list[Batch]]:
         by_step.append(looks.seen)
         looks.watching, looks.seen = False, 0
         batches = plain(self, *given)
@@ -247,7 +247,7 @@ def test_a_step_waits_for_nothing_but_the_look_at_the_loss(
     recorder = Recorder()
     with looks:
         train(settings, listeners=[recorder])
-    between = [sum(by_step[i + 1 : i + 3]) for i in range(0, 16, 2)]  # the ninth is followed by saving
+    between = by_step[1:9]  # the ninth is followed by saving
     assert set(between) == expected
     assert between.count(1) == 8 // log_every
     assert list(recorder.losses) == list(range(1, 10))
