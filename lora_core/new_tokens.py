@@ -182,10 +182,9 @@ class _Encoder:
         ids = args[0] if args else kwargs.get("input_ids")
         if ids is None:
             return None
-        table = self._row_of.to(ids.device)
+        table = self._row_of = self._row_of.to(ids.device)
         rows = torch.where(ids < len(table), table[ids.clamp(max=len(table) - 1)], -1)
-        if not bool((rows >= 0).any()):
-            return None
+        # whether there are any is not asked: the answer would have to be waited for
         self._rows = rows.view(-1, rows.shape[-1])
         hidden = torch.where(rows >= 0, PLACEHOLDER, ids)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "input_ids": hidden})
