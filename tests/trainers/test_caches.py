@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,11 @@ from torch import Tensor
 from lora_core.errors import ConfigError, NotFinite
 from lora_core.safe_files import read_header, save_tensors
 from tests.small_models import small_pipeline
+from trainers.batches import Feeder
 from trainers.buckets import View
-from trainers.caches import (
-    LatentCache,
-    draw_latents,
-    encoding,
-    posterior,
-)
+from trainers.caches import LatentCache, draw_latents, encoding, posterior, view_key
 from trainers.config_data import DataSettings
-from trainers.dataset import Dataset, Example, layers, pixels, read
+from trainers.dataset import Bytes, Dataset, Example, layers, pixels, read
 from trainers.kept_tensors import KeptTensors, weights_identity
 from trainers.scan import scan
 
@@ -112,6 +109,53 @@ def test_another_picture_crop_or_vae_is_another_latent(tmp_path: Path) -> None:
     with torch.no_grad():
         vae.encoder.conv_in.bias[0] += 1e-3
     assert LatentCache(tmp_path / "cache", vae).fill(dataset_of(folder)).built == 1
+
+
+def test_whatever_decides_a_latent_makes_another_key_alone(tmp_path: Path) -> None:
+    (example,) = dataset_of(photos(tmp_path / "photos", 1)).examples
+    (view,), data, vae = example.views(), read(example), small_pipeline("sd1").vae
+    plan, settings = view.plan, example.source.settings
+    left, top, right, bottom = plan.box
+
+    def key(example: Example = example, view: View = view, data: Bytes = data, vae: Any = vae) -> str:
+        return view_key(example, view, data, weights_identity(vae))
+
+    masked = replace(example, masked=True)
+    on_blue = replace(example.source, settings=settings.model_copy(update={"background": "#0000ff"}))
+    moved, wider = replace(plan, box=(left + 1, top, right + 1, bottom)), replace(plan, resized=(96, 73))
+    found = {
+        "as it is": key(),
+        "bytes": key(data=Bytes(data.picture + b" ", None)),
+        "place": key(view=View(moved)),
+        "size": key(view=View(wider)),
+        "mirrored": key(view=View(plan, flip=True)),
+        "opacity as mask": key(masked),
+        "a mask": key(masked, data=Bytes(data.picture, b"1")),
+        "another mask": key(masked, data=Bytes(data.picture, b"2")),
+        "background": key(replace(example, source=on_blue)),
+        "another vae": key(vae=small_pipeline("sd1", seed=1).vae),
+        "another precision": key(vae=small_pipeline("sd1", dtype=torch.bfloat16).vae),
+    }
+    assert len(set(found.values())) == len(found)
+    assert key() == found["as it is"]
+
+
+def test_every_turn_draws_anew_from_what_is_kept(tmp_path: Path) -> None:
+    """z of two turns of one picture, taken back to the noise: the generator's own, and another each time."""
+    vae = small_pipeline("sd1").vae
+    dataset = dataset_of(photos(tmp_path / "photos", 1))
+    cache = LatentCache(tmp_path / "cache", vae)
+    cache.fill(dataset)
+    feeder = Feeder(dataset, vae, cache, batch_size=1, seed=0)
+    (one,), (other,) = feeder.next(torch.Generator().manual_seed(4), 1000, 2)
+    kept, generator = cache.encoded(dataset.examples[0], dataset.examples[0].views()[0]), torch.Generator()
+    generator.manual_seed(4)
+    for batch in (one, other):
+        noise = (batch.z / vae.config.scaling_factor - kept.mean) / kept.std
+        torch.testing.assert_close(noise, torch.randn(noise.shape, generator=generator), rtol=1e-3, atol=1e-3)
+        assert torch.equal(batch.eps, torch.randn(batch.eps.shape, generator=generator))
+        assert torch.equal(batch.t, torch.randint(1000, (1,), generator=generator))
+    assert not torch.equal(one.z, other.z)
 
 
 def test_a_renamed_picture_is_the_same_latent_and_twins_share_one(tmp_path: Path) -> None:

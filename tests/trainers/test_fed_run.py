@@ -67,12 +67,19 @@ TAGS = {"shuffle_tags": True, "keep_tokens": 1, "tag_dropout": 0.2}
 
 
 @pytest.mark.parametrize(
-    ("data", "frozen"), [({}, True), (TAGS, True), (TAGS, False)], ids=["counted", "endless", "trained"]
+    ("data", "text"),
+    [
+        ({}, {"text_encoder_learning_rate": 0.0}),
+        (TAGS, {"text_encoder_learning_rate": 0.0}),
+        (TAGS, {}),
+        ({}, {"text_encoder_stop": 3.0}),
+    ],
+    ids=["counted", "endless", "trained", "stopped"],
 )
 def test_a_cached_run_is_the_uncached_run_bit_for_bit(
-    tmp_path: Path, base: Path, data: dict[str, Any], frozen: bool
+    tmp_path: Path, base: Path, data: dict[str, Any], text: dict[str, Any]
 ) -> None:
-    common = {"steps": 8, "text_encoder_learning_rate": 0.0 if frozen else 1e-3}
+    common = {"steps": 8, **text}
     cached = losses_of(everything(tmp_path, base, data, train=common))
     uncached = {**common, "cache_latents": False, "cache_text": False}
     assert losses_of(everything(tmp_path, base, data, train=uncached)) == cached

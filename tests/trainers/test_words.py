@@ -83,6 +83,18 @@ def test_on_disk_they_are_found_again_and_the_encoder_is_not_asked(tmp_path: Pat
     assert same(words([PROMPTS[0]]), 0, by_hand(pipe, PROMPTS[0]))
 
 
+def test_another_precision_and_another_place_are_other_embeddings(tmp_path: Path) -> None:
+    """SDXL takes of its first encoder what SD does not."""
+    frozen(small_pipeline("sdxl"), tmp_path)
+    for dtype, built in ((torch.float32, 0), (torch.bfloat16, 3)):
+        words = Words(small_pipeline("sdxl", dtype=dtype), CPU, folder=tmp_path)
+        assert words.freeze("text_encoder", PROMPTS).built == built
+    alone = small_pipeline("sdxl")
+    alone.text_encoder_2 = None
+    words = Words(alone, CPU, folder=tmp_path)
+    assert words.freeze("text_encoder", PROMPTS).built == 3
+
+
 def test_what_has_no_end_is_kept_in_a_bounded_memory_and_not_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
