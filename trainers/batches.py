@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainers.ahead import Ahead
 from trainers.buckets import View
 from trainers.caches import Encoded, LatentCache, draw_latents, encode_view, encoding
-from trainers.dataset import Dataset, Example, read
+from trainers.dataset import Dataset, Example
 from trainers.diffusion import draw_noise
 from trainers.folders import Kind
 from trainers.sampler import BatchSampler, Draw
@@ -90,6 +91,7 @@ class Feeder:
         """`noise`: what `draw_noise` takes; `mask_floor`: what `weigh` takes."""
         self.dataset, self.vae, self.cache, self.batch_size = dataset, vae, cache, batch_size
         self.prior_weight, self.noise, self.mask_floor = prior_weight, noise or {}, mask_floor
+        self._ahead = Ahead()
         self._turns: dict[Kind, list[Example]] = {"instance": turns(dataset.instances)}
         if dataset.classes:
             self._turns["class"] = turns(dataset.classes)
@@ -105,8 +107,24 @@ class Feeder:
         The losses of all add up to the step's, in which every picture counts alike: several drawings are one large
         batch, also where a rare shape has made some of them short.
         """
-        drawn = [{kind: self.draw(kind) for kind in self._turns} for _ in range(drawings)]
-        return self._step(drawn, generator, timesteps)
+        found = self.batches(self._drawn(drawings), generator, timesteps)
+        if self.cache is None:
+            self._open_ahead(drawings)
+        return found
+
+    def _drawn(self, drawings: int) -> list[dict[Kind, list[Row]]]:
+        return [{kind: self.draw(kind) for kind in self._turns} for _ in range(drawings)]
+
+    def _open_ahead(self, drawings: int) -> None:
+        """What the next step will see. Whose turn it is stays as it is: a run saved now goes on with that step."""
+        position = self.state()
+        self._ahead.foresee(
+            (example, view)
+            for drawn in self._drawn(drawings)
+            for rows in drawn.values()
+            for example, view, _ in rows
+        )
+        self.restore(position)
 
     def largest(self, generator: torch.Generator, timesteps: int) -> list[Batch]:
         """What the drawing with the most pixels sees; the feeder's position stays as it is."""
@@ -114,12 +132,14 @@ class Feeder:
         for kind, mine in self._turns.items():
             example = max(mine, key=lambda e: math.prod(e.plan.bucket))
             rows[kind] = [(example, View(example.plan), example.words(Draw(0, 0, 0)))] * self.batch_size
-        (batches,) = self._step([rows], generator, timesteps)
+        (batches,) = self.batches([rows], generator, timesteps)
         return batches
 
-    def _step(
+    def batches(
         self, drawn: Sequence[Mapping[Kind, list[Row]]], generator: torch.Generator, timesteps: int
     ) -> list[list[Batch]]:
+        """`drawn`: of each drawing its rows, those of a kind of one bucket; see `next`."""
+
         def sharers(kind: Kind) -> int:
             return sum(len(rows.get(kind, [])) for rows in drawn)
 
@@ -183,7 +203,9 @@ class Feeder:
         if self.cache is not None:
             return [self.cache.encoded(example, view) for example, view, _ in rows]
         with encoding(self.vae) as vae:
-            return [encode_view(vae, example, view, read(example)) for example, view, _ in rows]
+            return [
+                encode_view(vae, example, view, self._ahead.open(example, view)) for example, view, _ in rows
+            ]
 
     def state(self) -> dict[str, Any]:
         return {kind: sampler.state() for kind, sampler in self.samplers.items()}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lora_core.errors import ConfigError, NotFinite, SaveFailed
@@ -38,24 +39,38 @@ class Encoded:
     mask: Tensor | None = None
 
 
-def encode_view(vae: Any, example: Example, view: View, data: Bytes) -> Encoded:
-    """One picture at a time, so that its bits never depend on its neighbours: cached equals uncached.
+@dataclass(frozen=True)
+class Opened:
+    """One view of one picture, before the VAE: `pixels` (3, H, W) in -1..1, and its whole mask if it has one."""
 
-    Raises BadImage, ConfigError for a picture that changed since the scan, NotFinite for a VAE that overflows.
-    """
-    image, mask = layers(example, data)
+    pixels: Tensor
+    mask: Image.Image | None
+
+
+def open_view(example: Example, view: View, data: Bytes | None = None) -> Opened:
+    """From its files, or from `data`, which they hold. Raises BadImage, ConfigError for a picture that changed since
+    the scan."""
+    image, mask = layers(example, read(example) if data is None else data)
     if image.size != example.original_size:
         raise ConfigError(
             f"{example.path.name} is another picture than when the folder was read: start again."
         )
-    mean, std = (t[0].cpu() for t in posterior(vae, pixels(image, view)[None]))
+    return Opened(pixels(image, view), mask)
+
+
+def encode_view(vae: Any, example: Example, view: View, opened: Opened) -> Encoded:
+    """One picture at a time, so that its bits never depend on its neighbours: cached equals uncached.
+
+    Raises NotFinite for a VAE that overflows.
+    """
+    mean, std = (t[0].cpu() for t in posterior(vae, opened.pixels[None]))
     if not all_finite({"mean": mean, "std": std}):
         raise NotFinite(
             f"The VAE makes NaN or Inf of {example.path.name} in {vae.dtype}. "
             'Set train.base_dtype = "fp32" or "bf16".'
         )
     height, width = mean.shape[-2:]
-    return Encoded(mean, std, None if mask is None else coverage(mask, view, (height, width)))
+    return Encoded(mean, std, None if opened.mask is None else coverage(opened.mask, view, (height, width)))
 
 
 def posterior(vae: Any, images: Tensor) -> Posterior:
@@ -129,7 +144,7 @@ class LatentCache:
     def fill(self, dataset: Dataset, progress: Callable[[int, int], None] | None = None) -> FillReport:
         """Have every view of every example, from disk where its file is whole, else by encoding the picture.
 
-        `progress(done, total)` after each. Raises ConfigError for random crops, and as `encode_view`.
+        `progress(done, total)` after each. Raises ConfigError for random crops, and as `open_view` and `encode_view`.
         """
         files, report = KeptTensors(self.folder), FillReport()
         jobs = [(example, view) for example in dataset.examples for view in example.views()]
@@ -157,7 +172,7 @@ class LatentCache:
             return
         if files.path(key).exists():
             report.rebuilt.append(example.path.name)
-        kept = encode_view(self.vae, example, view, data)
+        kept = encode_view(self.vae, example, view, open_view(example, view, data))
         report.built += 1
         try:
             files.save(key, {name: t for name, t in vars(kept).items() if t is not None})
