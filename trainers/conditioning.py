@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainers.sending import sent
+
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 
@@ -98,7 +100,7 @@ def encode(components: Mapping[str, Any], ids: Mapping[str, Tensor]) -> Conditio
 
 def encode_alone(encoder: Any, component: str, ids: Tensor, *, both: bool) -> Conditioning:
     """What one text encoder contributes; `both`: whether it is one of SDXL's two."""
-    output = encoder(ids.to(encoder.device), output_hidden_states=both)
+    output = encoder(sent(ids, encoder.device), output_hidden_states=both)
     # SDXL was trained on the layer before the last, without the final norm; SD on the last, with it.
     hidden = output.hidden_states[-2] if both else output.last_hidden_state
     return Conditioning(hidden, output.text_embeds if both and component == "text_encoder_2" else None)

@@ -12,3 +12,12 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def fetched(tensor: Tensor) -> Tensor:
+    """From a GPU into pinned memory, which holds it when the GPU has come to that. Only to be `sent` again, which is in
+    order with it; whoever reads it here has to wait first."""
+    if tensor.device.type != "cuda":
+        return tensor
+    there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return there.copy_(tensor, non_blocking=True)

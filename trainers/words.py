@@ -25,7 +25,7 @@ from trainers.captions import possible, with_trigger
 from trainers.conditioning import Conditioning, CutPrompt, encode_alone, joined, tokenize
 from trainers.dataset import Example
 from trainers.kept_tensors import FillReport, KeptTensors, all_finite, tensors_identity, weights_identity
-from trainers.sending import sent
+from trainers.sending import fetched, sent
 
 FORMAT = "text 1"
 COUNTABLE = 4096  # prompts of a run; more are not encoded beforehand
@@ -113,7 +113,7 @@ class Words:
         parts = []
         for component in self.components:
             if component in self._identities:
-                rows = [self._have(component, text, FillReport()) for text in captions]
+                rows = [self._sent(self._have(component, text, FillReport())) for text in captions]
                 pooled = [row.pooled for row in rows if row.pooled is not None]
                 part = Conditioning(
                     torch.cat([row.hidden for row in rows]), torch.cat(pooled) if pooled else None
@@ -121,9 +121,7 @@ class Words:
             else:
                 ids = torch.stack([self._tokens(text)[component] for text in captions])
                 encoder = getattr(self._pipeline, component)
-                part = encode_alone(
-                    encoder, component, sent(ids, encoder.device), both=len(self.components) > 1
-                )
+                part = encode_alone(encoder, component, ids, both=len(self.components) > 1)
             parts.append(self._sent(part))
         return joined(parts)
 
@@ -144,20 +142,22 @@ class Words:
             self._kept.move_to_end((component, text))
             report.found += 1
             return kept
+        if self._files is None:
+            report.built += 1
+            return self._remember(component, text, self._encode(component, text))
         key = self._key(component, text)
-        tensors = self._files.load(key) if self._files is not None else None
+        tensors = self._files.load(key)
         if tensors is not None and tensors.keys() - {"pooled"} == {"hidden"}:
             report.found += 1
             return self._remember(component, text, Conditioning(**tensors))
-        if self._files is not None and self._files.path(key).exists():
+        if self._files.path(key).exists():
             report.rebuilt.append(text)
         made = self._encode(component, text)
         report.built += 1
-        if self._files is not None:
-            try:
-                self._files.save(key, _tensors(made))
-            except SaveFailed as problem:  # the training goes on from memory; the next run encodes again
-                report.unsaved[text] = str(problem)
+        try:
+            self._files.save(key, _tensors(made))
+        except SaveFailed as problem:  # the training goes on from memory; the next run encodes again
+            report.unsaved[text] = str(problem)
         return self._remember(component, text, made)
 
     def _remember(self, component: str, text: str, made: Conditioning) -> Conditioning:
@@ -171,7 +171,10 @@ class Words:
     def _encode(self, component: str, text: str) -> Conditioning:
         encoder, ids = getattr(self._pipeline, component), self._tokens(text)[component][None]
         with torch.no_grad(), torch.autocast(encoder.device.type, enabled=False), _no_dropout(self._form):
-            made = encode_alone(encoder, component, ids, both=len(self.components) > 1).to("cpu")
+            made = encode_alone(encoder, component, ids, both=len(self.components) > 1)
+        if self._files is None:  # in the middle of a step, which would have to wait: NaN is found in its loss
+            return Conditioning(**{name: fetched(t) for name, t in _tensors(made).items()})
+        made = made.to("cpu")
         if not all_finite(_tensors(made)):
             raise NotFinite(
                 f'{component} makes NaN or Inf of "{text}" in {encoder.dtype}. Set train.base_dtype = "fp32" or "bf16".'

@@ -147,6 +147,13 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
             "train": {"text_encoder_learning_rate": 0.0, "loss_weighting": "min_snr_floored"},
         },
     ),
+    "prompts without end for a kept encoder": (
+        "sd1",
+        {
+            "data": {"shuffle_tags": True, "prompt": ", ".join("abcdefghijk")},
+            "train": {"text_encoder_learning_rate": 0.0},
+        },
+    ),
     "loha": ("sd1", {"lora": {"kind": "loha"}}),
     "lokr as dora": ("sd1", {"lora": {"kind": "lokr", "variant": "dora"}}),
     "two encoders, one of them kept": (

@@ -281,3 +281,26 @@ def test_two_text_encoders_and_offset_noise(tmp_path: Path, bases: dict[str, Pat
             train={"batch_size": 2, "noise_offset": 0.1, "pyramid_noise": 0.3},
         )
     )
+
+
+def test_with_a_base_in_bf16_all_that_learns_is_in_fp32(tmp_path: Path, bases: dict[str, Path]) -> None:
+    """Parameters, their slopes, AdamW's moments, the average and the loss; the frozen models are in bf16."""
+    pictures(tmp_path / "images", 2)
+    settings = config(
+        tmp_path,
+        bases["epsilon"],
+        lora={"variant": "dora", "bias": "lora_only"},
+        train={"base_dtype": "bf16", "ema_decay": 0.9},
+    )
+    with bench_of(settings) as bench:
+        (loss,) = gradients(bench, bench.feeder.next(bench.generator, len(bench.schedule)))
+        bench.optimizer.step()
+        learns = [*bench.form.parameters()]
+        slopes = [p.grad for p in learns]
+        moments = [t for state in bench.optimizer.state.values() for t in state.values()]
+        assert bench.average is not None
+        all_of_it = [loss, *learns, *slopes, *moments, *bench.average.tensors.values()]
+        assert {t.dtype for t in all_of_it} == {torch.float32}
+        assert len(moments) == 3 * len(learns)
+        for model in bench.live.models.values():
+            assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
