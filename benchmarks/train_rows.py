@@ -20,6 +20,7 @@ from benchmarks.measure import Row, compared, interleaved
 from benchmarks.train_sides import Ours, Peer
 from lora_core import LoraConfig, attach, collect, detach, write_adapter
 from trainers.config import TrainConfig
+from trainers.memory import Peak
 
 RANK, ALPHA = 16, 8
 STEPS = 100_000  # more than are ever taken: each side is stopped when enough was measured
@@ -173,13 +174,12 @@ def peak_alone(side: str, folder: Path) -> None:
     who, parts = side.split("-")
     wanted = config(setting, text_encoder=parts == "both")
     trained: Ours | Peer = Ours(wanted) if who == "ours" else Peer(wanted)
-    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    if not clear.exists():
+    peak = Peak(torch.device("cpu"))
+    if not peak.exact:
         print("unknown")
         return
-    clear.write_text("5", encoding="utf-8")  # the peak from here on
     for _ in range(ALONE):
         trained.step()
-    (line,) = (line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
+    height = peak.bytes()
     trained.close()
-    print(int(line.split()[1]) / 1024)
+    print(height / 2**20)

@@ -3,7 +3,6 @@ order: the VAE's posterior, the noise, the timesteps; that of crops, flips and w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -100,6 +99,10 @@ class Feeder:
             for i, (kind, mine) in enumerate(self._turns.items())
         }
 
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        return tuple(self._turns)
+
     def next(self, generator: torch.Generator, timesteps: int, drawings: int = 1) -> list[list[Batch]]:
         """What one optimizer step sees, of each drawing of the batch size: one batch, or two where the class has
         another size than the pictures to learn.
@@ -126,15 +129,6 @@ class Feeder:
         )
         self.restore(position)
 
-    def largest(self, generator: torch.Generator, timesteps: int) -> list[Batch]:
-        """What the drawing with the most pixels sees; the feeder's position stays as it is."""
-        rows: dict[Kind, list[Row]] = {}
-        for kind, mine in self._turns.items():
-            example = max(mine, key=lambda e: math.prod(e.plan.bucket))
-            rows[kind] = [(example, View(example.plan), example.words(Draw(0, 0, 0)))] * self.batch_size
-        (batches,) = self.batches([rows], generator, timesteps)
-        return batches
-
     def batches(
         self, drawn: Sequence[Mapping[Kind, list[Row]]], generator: torch.Generator, timesteps: int
     ) -> list[list[Batch]]:
@@ -156,11 +150,11 @@ class Feeder:
 
     def draw(self, kind: Kind) -> list[Row]:
         """The next batch of the pictures to learn, or of the class: what is shown, cut and said."""
-        found = []
-        for draw in self.samplers[kind].take(self.batch_size):
-            example = self._turns[kind][draw.index]
-            found.append((example, example.view(draw), example.words(draw)))
-        return found
+        return [(e, e.view(draw), e.words(draw)) for e, draw in self.turn(kind)]
+
+    def turn(self, kind: Kind) -> list[tuple[Example, Draw]]:
+        """The next batch's pictures alone."""
+        return [(self._turns[kind][draw.index], draw) for draw in self.samplers[kind].take(self.batch_size)]
 
     def _batch(
         self, rows: Sequence[Row], shares: Mapping[str, float], generator: torch.Generator, timesteps: int

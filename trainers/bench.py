@@ -39,6 +39,9 @@ from trainers.words import Words, prompts
 
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
+Find = Callable[[TrainConfig, LivePipeline, StopRequest, events.Emit], Dataset]
+Narrow = Callable[[Dataset, tuple[Example, ...]], tuple[Dataset, tuple[Example, ...]]]
+
 
 @dataclass
 class Bench:
@@ -85,9 +88,11 @@ def prepare(
     stop: StopRequest,
     emit: events.Emit,
     *,
-    narrowed: Callable[[Dataset], Dataset] = lambda dataset: dataset,
+    find: Find | None = None,
+    narrow: Narrow = lambda dataset, held_out: (dataset, held_out),
 ) -> Bench:
-    """`narrowed`: what of the pictures the bench is made ready for."""
+    """`find`: the pictures, in place of `find_pictures`; `narrow`: which of them, and of those that are held out, the
+    bench is made ready for."""
     torch.manual_seed(config.seed)
     name = precision(config)
     accelerator = Accelerator(mixed_precision=MIXED[name])
@@ -103,11 +108,11 @@ def prepare(
     pipeline = opened.pipeline
     live = LivePipeline(pipeline, opened=opened)
     schedule = NoiseSchedule.from_scheduler(pipeline.scheduler).to(accelerator.device)
-    dataset, held_out = look_for(config, find_pictures(config, live, stop, emit))
-    dataset = narrowed(dataset)
+    whole, held_out = look_for(config, (find or find_pictures)(config, live, stop, emit))
+    check_words_are_used(config, whole)
+    dataset, held_out = narrow(whole, held_out)
     if config.train.channels_last:
         pipeline.unet.to(memory_format=torch.channels_last)
-    check_words_are_used(config, dataset)
     form = attach_lora(config, live, opened)
     try_spelling(config, form, opened, emit)
     if config.train.gradient_checkpointing:
@@ -119,11 +124,12 @@ def prepare(
         filled = cache.fill(pictures, lambda done, total: stop.check())
         say_filled("Latents", filled, emit)
         pipeline.vae.to("cpu")
-    known, complete = prompts(dataset.examples)
-    known = sorted({*known, *(d.class_prompt or "" for d in config.datasets if d.class_from == "model")})
+    said, complete = prompts(whole.examples)
+    of_class = {d.class_prompt or "" for d in config.datasets if d.class_from == "model"}
+    known = sorted(of_class.union(said if dataset is whole else prompts(dataset.examples)[0]))
     kept = folder.cache if config.train.cache_text else None
     words = Words(live.pipeline, accelerator.device, form=form, folder=kept)
-    for cut in words.cut(known):
+    for cut in words.cut(sorted(of_class.union(said))):
         emit(events.Note(text=str(cut)))
     base_words = Words(live.pipeline, accelerator.device, folder=folder.cache)
     for component in words.components if drift_prompts(config) else ():

@@ -37,7 +37,8 @@ from trainers.control import Orders, StopRequest, listening, signals_ask
 from trainers.freezing import stop_learning
 from trainers.obeying import obey
 from trainers.predicting import predict, predict_as_base
-from trainers.preflight import Narrowed, cached_later, dry_run, without_class
+from trainers.preflight import dry_run
+from trainers.rehearsal import Rehearsal
 from trainers.report_page import ReportPage
 from trainers.room import awake, make_room, out_of_memory
 from trainers.run_folder import RunFolder
@@ -93,16 +94,16 @@ def rehearse(
         for listener in listeners:
             listener(event)
 
-    narrowed = Narrowed(any(folder.has_class for folder in config.datasets))
+    rehearsal = Rehearsal(config)
     with tempfile.TemporaryDirectory() as folder:
         try:
             place = RunFolder(Path(folder), config.name)
-            bench = prepare(without_class(config), place, stop or StopRequest(), emit, narrowed=narrowed)
-            bench.config = config
+            place.keep_preset(config)
+            bench = prepare(
+                config, place, stop or StopRequest(), emit, find=rehearsal.find, narrow=rehearsal.narrow
+            )
             try:
-                assert narrowed.whole is not None
-                cached = cached_later(narrowed.whole, config, bench.live.pipeline.vae_scale_factor)
-                found = dry_run(bench, gradients, dataset=narrowed.whole, cached=cached)
+                found = dry_run(bench, gradients, rehearsal=rehearsal)
             finally:
                 detach(bench.form)
         finally:

@@ -50,24 +50,39 @@ class Preflight(TrainEvent):
     """Before the first step: what two steps of the largest batch cost, and what speaks against the training."""
 
     largest: str  # width x height
-    pictures: int  # of that batch
+    pictures: int  # of that step's batch
     pieces: int  # in which it is computed; 1: whole
-    memory: int  # bytes, at the peak: of the card, or of the process
+    memory: int  # bytes at the height of steps and saves: of the card, or of the process
+    memory_pictures: int  # likewise while a picture is made; 0: none is
     memory_total: int  # bytes, of the card or of the machine
-    step_s: float
-    total_s: float  # all steps; saving and previews come on top
-    disk: int  # bytes of the run folder at its end
+    step_s: float  # of the largest step
+    steps_s: float  # of all that are to come
+    more_s: dict[str, float]  # what else takes time, in its order, estimated from one of each
+    total_s: float
+    disk: int  # bytes at its end, at most
+    disk_shares: dict[str, int]  # of what
     disk_free: int
     warnings: tuple[str, ...]
 
     def __str__(self) -> str:
-        lines = [
-            f"Preflight: {self.pictures} pictures of {self.largest} take {size(self.memory)} of "
-            f"{size(self.memory_total)} memory and {self.step_s:.2g} s a step, {duration(self.total_s)} for all steps; "
-            f"{size(self.disk)} of {size(self.disk_free)} free disk.",
-            *(f"Warning: {warning}" for warning in self.warnings),
-        ]
-        return "\n".join(lines)
+        drawn = f", {size(self.memory_pictures)} while pictures are made" * (
+            self.memory_pictures > self.memory
+        )
+        more = {"steps": self.steps_s} | {
+            what: s for what, s in self.more_s.items() if s >= 0.01 * self.total_s
+        }
+        parts = ", ".join(f"{what} {duration(s)}" for what, s in more.items())
+        shares = ", ".join(f"{what} {size(count)}" for what, count in self.disk_shares.items())
+        one = self.pictures == 1
+        return "\n".join(
+            [
+                f"Preflight: the largest step, {self.pictures} picture{'s' * (not one)} of {self.largest}, takes "
+                f"{self.step_s:.2g} s and {size(self.memory)} of {size(self.memory_total)} memory{drawn}.",
+                f"Time: about {duration(self.total_s)} ({parts}).",
+                f"Disk: at most {size(self.disk)} of {size(self.disk_free)} that are free ({shares}).",
+                *(f"Warning: {warning}" for warning in self.warnings),
+            ]
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

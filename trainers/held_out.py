@@ -12,6 +12,7 @@ from trainers.dataset import Dataset, Example
 from trainers.scan import scan
 
 MOST = 16  # pictures, and prompts
+TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the timesteps there are
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ class FillReport:
     """What is only in memory -> why (a full disk, say)."""
 
     def __str__(self) -> str:
-        return f"{self.built} encoded, {self.found} found, {len(self.rebuilt)} rebuilt"
+        counts = {"encoded": self.built, "found": self.found, "rebuilt": len(self.rebuilt)}
+        return ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "none"
 
 
 class KeptTensors:

@@ -2,38 +2,49 @@
 
     bench.emit(dry_run(bench, gradients))
 
-Everything is afterwards as it was: the run is bit for bit the run without it. It costs the time of two steps; the first
-fills the allocator and chooses kernels, the second is timed.
+Everything is afterwards as it was: the run is bit for bit the run without it. The first step fills the allocator and
+chooses kernels, the second is timed; then one save is made and taken away again, and one picture begun, where the
+training makes any.
 """
 
 from __future__ import annotations
 
 import math
-import shutil
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import psutil
 import torch
 
-from lora_core.dtypes import DTYPES
-from lora_core.errors import ConfigError, LoraError
-from lora_core.train_form import collect
-from trainers import checkpoints
+from lora_core.errors import ConfigError, LoraError, SaveFailed
+from trainers import checkpoints, forecast, optim
 from trainers.advice import warnings_about
 from trainers.batches import Batch
 from trainers.bench import Bench
 from trainers.config import TrainConfig
-from trainers.dataset import Dataset
-from trainers.events import Preflight, size
+from trainers.costs import (
+    SaveCost,
+    synchronize,
+    trial_answer,
+    trial_latent,
+    trial_picture,
+    trial_prompt,
+    trial_save,
+)
+from trainers.events import Preflight, duration, size
+from trainers.forecast import Ahead, Costs, Disk
+from trainers.memory import Peak, memory_total
+from trainers.rehearsal import Rehearsal
 
-PNG_BYTES_PER_PIXEL = 1.7  # of photograph-like pictures, measured on SD's; noise takes 3
-HEADER_BYTES = 120  # of a tensor in a safetensors file: its name, dtype, shape and place
 SWAPPED = 0.05  # of main memory: more than that going out during two steps is no chance
 TIGHT = 0.97  # of a card in use: Windows' driver then begins to put memory beside it, 10 to 100 times slower
+LONG_S = 3600.0  # a training that nothing of is saved before its end should not be longer
+
+# the training's own: of each turn of gradient accumulation its batches
+Gradients = Callable[[Bench, Sequence[Sequence[Batch]]], list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -44,99 +55,137 @@ class Room:
     used: int  # of the card at the peak of the dry run, by all programs
     swapped: int  # written to the swap file during the dry run
     memory: int  # main memory
-    disk: int  # free where the runs are
 
 
-# the training's own: of each turn of gradient accumulation its batches
-Gradients = Callable[[Bench, Sequence[Sequence[Batch]]], list[torch.Tensor]]
+@dataclass(frozen=True)
+class Tried:
+    """The two steps, and one of whatever else the training makes."""
+
+    step_s: float
+    size: str  # of the pictures
+    pictures: int
+    memory: int  # bytes, of steps and saves
+    memory_pictures: int  # likewise, while a picture is made; 0: none is
+    room: Room
+    costs: Costs
 
 
-def dry_run(
-    bench: Bench, gradients: Gradients, *, dataset: Dataset | None = None, cached: int | None = None
-) -> Preflight:
-    """-> the figures of two steps. `dataset`: what will be trained on, where the bench has only a part of it; `cached`:
-    bytes that its latents will take on disk, where they are not there yet.
+def dry_run(bench: Bench, gradients: Gradients, *, rehearsal: Rehearsal | None = None) -> Preflight:
+    """-> the figures. `rehearsal`: at whose bench this is; without it a training begins afterwards.
 
-    Raises ConfigError where memory or disk would not do, with what to change.
+    Raises ConfigError where memory or disk would not do, or the base makes no numbers, with what to change.
     """
-    config = bench.config
+    config, ahead, pieces = bench.config, Ahead.of(bench, rehearsal), bench.pieces
     with untouched(bench):
-        batches = bench.feeder.largest(torch.Generator().manual_seed(0), len(bench.schedule))
-        swap_before, peak = psutil.swap_memory().used, Peak(bench.device)
-        pieces = bench.pieces
-        try:
-            one_step(bench, batches, gradients)
-            before = time.perf_counter()
-            batch_s = one_step(bench, batches, gradients)
-        except LoraError as problem:  # no smaller pieces are left
-            raise ConfigError(f"This training does not fit into memory. {problem}") from problem
-        step_s = time.perf_counter() - before + (config.train.gradient_accumulation - 1) * batch_s
-        memory = peak.bytes()
-        state = state_bytes(bench)
-    room = Room(
-        peak.total(),
-        peak.used(),
-        max(0, psutil.swap_memory().used - swap_before),
-        psutil.virtual_memory().total,
-        free_disk(config.output),
-    )
-    height, width = (int(side) for side in batches[0].time_ids[0, 4:])
+        tried = trial(bench, ahead, gradients)
+    shares = forecast.disk(bench, ahead, tried.costs)
+    disks = forecast.disks(shares)
+    more = forecast.more_seconds(bench, ahead, tried.costs)
+    steps_s = tried.step_s * ahead.step.mean_work * (config.train.steps - ahead.first)
+    total_s = steps_s + sum(more.values())
     found = Preflight(
-        largest=f"{width} x {height}",
-        pictures=sum(map(len, batches)),
+        largest=tried.size,
+        pictures=tried.pictures,
         pieces=bench.pieces,
-        memory=memory,
-        memory_total=room.device or room.memory,
-        step_s=round(step_s, 4),
-        total_s=round(step_s * config.train.steps, 1),
-        disk=disk_bytes(bench, state) + (cached_bytes(bench.folder.cache) if cached is None else cached),
-        disk_free=room.disk,
+        memory=tried.memory,
+        memory_pictures=tried.memory_pictures,
+        memory_total=tried.room.device or tried.room.memory,
+        step_s=round(tried.step_s, 4),
+        steps_s=round(steps_s, 1),
+        more_s=more,
+        total_s=round(total_s, 1),
+        disk=sum(share.count for share in shares),
+        disk_shares=forecast.told(shares),
+        disk_free=min(disk.free for disk in disks),
         warnings=(
-            *warnings_about(bench, dataset or bench.feeder.dataset),
-            *([HALVED] if bench.pieces > pieces else []),
+            *warnings_about(bench, ahead.dataset, ahead.held_out, ahead.step),
+            *about_the_trial(bench, ahead, tried, total_s, halved=bench.pieces > pieces),
         ),
     )
-    refuse(found, room, config)
+    refuse(tried.room, disks, bench)
     return found
+
+
+def about_the_trial(
+    bench: Bench, ahead: Ahead, tried: Tried, total_s: float, *, halved: bool
+) -> Iterator[str]:
+    """What only the dry run can tell."""
+    if halved:
+        yield HALVED
+    if makes_pictures(bench, ahead) and tried.costs.picture is None:
+        yield NO_PICTURES
+    elif tried.memory_pictures > TIGHT * tried.room.device > 0:
+        yield SPILT_PICTURES
+    if total_s > LONG_S and not bench.config.save.every:
+        yield (
+            f"Nothing is saved before the end, {duration(total_s)} from now: whatever stops it loses all. Set "
+            f"save.every = {max(1, bench.config.train.steps // 5)} or so."
+        )
 
 
 HALVED = (
     "The device has no memory for a whole batch: it is computed in pieces and comes to the same step. "
-    "train.batch_size = 1 "
-    "with as many times train.gradient_accumulation says so, and train.gradient_checkpointing = true may "
-    "be faster."
+    "train.batch_size = 1 with as many times train.gradient_accumulation says so, and "
+    "train.gradient_checkpointing = true may be faster."
+)
+NO_PICTURES = (
+    "The device has no memory for a picture: previews and the report will be left out. The training itself fits. Set "
+    'preview.every = 0 and make pictures afterwards, or train.quantize = "nf4".'
+)
+SPILT_PICTURES = (
+    "While a picture is made, more memory is taken than the card has: previews and the report may be slow. Set "
+    "preview.every = 0, or close other programs."
 )
 
 
-def refuse(found: Preflight, room: Room, config: TrainConfig) -> None:
+def refuse(room: Room, disks: Sequence[Disk], bench: Bench) -> None:
     """Raises ConfigError, with every reason and what to change, where the training would end in the night."""
     why = []
     if room.device and room.used > TIGHT * room.device:
         why.append(
-            f"It takes {size(room.used)} of the card's {size(room.device)}, other programs' share with "
-            f"it, and would spill "
-            f"into main memory. {remedy(config)}"
+            f"It takes {size(room.used)} of the card's {size(room.device)}, other programs' share with it, and would "
+            f"spill into main memory. {remedy(bench)}"
         )
     if not room.device and room.swapped > SWAPPED * room.memory:
         why.append(
-            f"It takes more than the {size(room.memory)} of main memory: {size(room.swapped)} went to "
-            f"the swap file in two "
-            f"steps. {remedy(config)}"
+            f"It takes more than the {size(room.memory)} of main memory: {size(room.swapped)} went to the swap file in "
+            f"two steps. {remedy(bench)}"
         )
-    if found.disk > room.disk:
-        why.append(
-            f"It writes about {size(found.disk)}, and {size(room.disk)} are free where its `output` is. "
-            f"Raise save.every "
-            f"(now {config.save.every or 'only at the end'}), lower save.keep (now {config.save.keep}), "
-            f"make room, or "
-            "choose another `output`."
-        )
+    for disk in disks:
+        if disk.needed > disk.free:
+            why.append(
+                f"It writes about {size(disk.needed)} more, and {size(disk.free)} are free in {disk.folder}: "
+                f"{parts(disk)}. {less(disk, bench.config)}"
+            )
+        elif not os.access(disk.folder, os.W_OK):
+            why.append(f"Nothing can be written in {disk.folder}. Choose another place.")
     if why:
         raise ConfigError("The training would not come to its end. " + " ".join(why))
 
 
-def remedy(config: TrainConfig) -> str:
+def parts(disk: Disk) -> str:
+    return ", ".join(f"{what} {size(count)}" for what, count in forecast.told(disk.shares).items())
+
+
+def less(disk: Disk, config: TrainConfig) -> str:
+    """What would make the largest part smaller."""
+    largest = max(disk.shares, key=lambda share: share.count + share.besides - share.there)
+    every = config.save.every or "only at the end"
+    means = {
+        "states": f"Lower save.keep (now {config.save.keep}) or lora.rank (now {config.lora.rank})",
+        "LoRA": f"Raise save.every (now {every}), lower lora.rank (now {config.lora.rank})",
+        "previews": f"Raise preview.every (now {config.preview.every})",
+        "TensorBoard": "Set report.tensorboard = false",
+        "latents": "Set train.cache_latents = false and train.cache_text = false",
+        "class": "Lower data.class_count, choose another data.class_images",
+    }
+    first = next((said for name, said in means.items() if name in largest.what), "Raise save.every")
+    return f"{first}, make room, or choose another `output`."
+
+
+def remedy(bench: Bench) -> str:
     """What of the usual means this training does not use yet."""
+    config = bench.config
     train, means = config.train, []
     if not train.gradient_checkpointing:
         means.append("train.gradient_checkpointing = true")
@@ -149,31 +198,102 @@ def remedy(config: TrainConfig) -> str:
         means.append("train.cache_latents = true")
     if train.quantize == "none":
         means.append('train.quantize = "nf4"')
+    if train.trains_text_encoder:
+        means.append("train.text_encoder_learning_rate = 0")
+    elif bench.prompts is None:
+        means.append("data.shuffle_tags = false and data.tag_dropout = 0 (the text encoders can then leave)")
     means.append("a lower data.resolution")
     return f"Set {', or '.join(means)}."
 
 
-# --- the two steps --------------------------------------------------------------------------------------------
+# --- what is tried --------------------------------------------------------------------------------------------
+
+
+def trial(bench: Bench, ahead: Ahead, gradients: Gradients) -> Tried:
+    train = bench.config.train
+    chance, timesteps = torch.Generator().manual_seed(0), len(bench.schedule)
+    swap_before, peak = psutil.swap_memory().used, Peak(bench.device)
+    drawings = [ahead.step.rows(0), ahead.step.rows(1)]
+    first, second = (bench.feeder.batches([rows], chance, timesteps)[0] for rows in drawings)
+    try:
+        one_step(bench, first, gradients)
+        before = time.perf_counter()
+        batch_s = one_step(bench, second, gradients)
+    except LoraError as problem:  # no smaller pieces are left
+        raise ConfigError(f"This training does not fit into memory. {problem}") from problem
+    step_s = time.perf_counter() - before + (train.gradient_accumulation - 1) * batch_s
+    try:
+        save = trial_save(bench)
+    except SaveFailed as problem:
+        raise ConfigError(f"The training could not be saved even once. {problem}") from problem
+    memory, used = peak.bytes(), peak.used()
+    swapped = max(0, psutil.swap_memory().used - swap_before)
+    height, width = (int(side) for side in first[0].time_ids[0, 4:])
+    costs = others(bench, ahead, save, first)
+    return Tried(
+        step_s,
+        f"{width} x {height}",
+        sum(map(len, first)),
+        memory,
+        peak.bytes() if costs.picture is not None else 0,
+        Room(peak.total(), used, swapped, memory_total()),
+        costs,
+    )
+
+
+def others(bench: Bench, ahead: Ahead, save: SaveCost, batches: Sequence[Batch]) -> Costs:
+    """What else comes in this training, one of each."""
+    config = bench.config
+    answer_s, picture = 0.0, None
+    if forecast.measured_rows(config, len(ahead.held_out)):
+        answer_s = trial_answer(bench, batches[0])
+    if makes_pictures(bench, ahead):
+        words = (
+            *config.preview.prompts,
+            *config.report.subject_prompts,
+            *config.report.unrelated_prompts,
+            "",
+        )
+        picture = trial_picture(bench, words[0])
+    latent_s, prompt = 0.0, (0.0, 0)
+    if ahead.anew and config.train.cache_latents:
+        latent_s = trial_latent(bench, ahead.step.instances[0])
+    if forecast.kept_prompts(bench, ahead):
+        prompt = trial_prompt(bench, batches[0].captions[0], forecast.encoders(bench))
+    return Costs(save, picture, answer_s, latent_s, *prompt)
+
+
+def makes_pictures(bench: Bench, ahead: Ahead) -> bool:
+    config = bench.config
+    return bool(ahead.to_make or forecast.previews(config, ahead.first) or forecast.shown(config))
 
 
 def one_step(bench: Bench, batches: Sequence[Batch], gradients: Gradients) -> float:
-    """As the training takes one, but for what it learns -> seconds of the gradients alone."""
+    """As the training takes one, but for what it learns -> seconds of the gradients alone.
+
+    Raises ConfigError where the loss is no number.
+    """
     began = time.perf_counter()
     losses = gradients(bench, [batches])
-    _ = [loss.item() for loss in losses]  # waits for the device
+    if bad := [loss.item() for loss in losses if not math.isfinite(loss.item())]:  # waits for the device
+        names = ", ".join(dict.fromkeys(name for batch in batches for name in batch.names))
+        raise ConfigError(
+            f'The loss of {names} is {bad[0]} before anything is learnt. Set train.base_dtype to "bf16" or '
+            '"fp32"; if it is that already, the base model is damaged.'
+        )
     done = time.perf_counter() - began
-    bench.accelerator.clip_grad_norm_(list(bench.form.parameters()), bench.config.train.max_grad_norm)
+    norm = bench.accelerator.clip_grad_norm_(list(bench.form.parameters()), bench.config.train.max_grad_norm)
+    optim.leave_out_if(bench.optimizer, ~torch.isfinite(torch.as_tensor(norm)))
     bench.optimizer.step()
+    del bench.optimizer.found_inf  # type: ignore[attr-defined]  # a GradScaler sets it itself
     bench.optimizer.zero_grad(set_to_none=True)
-    if bench.device.type == "cuda":
-        torch.cuda.synchronize(bench.device)
+    synchronize(bench.device)
     return done
 
 
 @contextmanager
 def untouched(bench: Bench) -> Iterator[None]:
-    """Whatever steps are taken inside: weights, optimizer, every generator and the feeder are "
-    "afterwards as before."""
+    """Whatever steps are taken inside: weights, optimizer, every generator and the feeder are afterwards as before."""
     weights = [p.detach().clone() for p in bench.form.parameters()]
     chance, run_chance = checkpoints.get_chance(), bench.generator.get_state()
     position, state = bench.feeder.state(), dict(bench.optimizer.state)
@@ -193,99 +313,3 @@ def untouched(bench: Bench) -> Iterator[None]:
         checkpoints.set_chance(*chance)
         if scaler is not None:
             scaler.load_state_dict(scale)
-
-
-@dataclass
-class Narrowed:
-    """For a preflight alone: of the pictures the largest is encoded and no more, and it stands for those of the class
-    too, which are not made."""
-
-    has_class: bool
-    whole: Dataset | None = None
-
-    def __call__(self, dataset: Dataset) -> Dataset:
-        self.whole = dataset
-        largest = max(dataset.instances, key=lambda e: math.prod(e.plan.bucket))
-        return replace(dataset, instances=(largest,), classes=(largest,) if self.has_class else ())
-
-
-def without_class(config: TrainConfig) -> TrainConfig:
-    alone = {"class_images": None, "class_count": 0, "class_prompt": None}
-    folders = tuple(folder.model_copy(update=alone) for folder in config.dataset)
-    data = config.data.model_copy(update=alone)
-    return config.model_copy(update={"data": data, "dataset": folders})
-
-
-def cached_later(dataset: Dataset, config: TrainConfig, factor: int) -> int:
-    """Of the latents: mean and deviation of every view, four channels of fp32, `factor` times less wide and high."""
-    if not config.train.cache_latents:
-        return 0
-    sides = [example.plan.bucket for example in dataset.examples for _ in example.views()]
-    return sum(
-        2 * 4 * 4 * (width // factor) * (height // factor) + 5 * HEADER_BYTES for width, height in sides
-    )
-
-
-class Peak:
-    """Memory at its height since this was made: of a card, or of this process."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-
-    def bytes(self) -> int:
-        if self.device.type == "cuda":
-            return int(torch.cuda.max_memory_reserved(self.device))
-        return int(psutil.Process().memory_info().rss)
-
-    def total(self) -> int:
-        return int(torch.cuda.mem_get_info(self.device)[1]) if self.device.type == "cuda" else 0
-
-    def used(self) -> int:
-        """Of the card, by every program; ours at its peak."""
-        if self.device.type != "cuda":
-            return 0
-        free, total = torch.cuda.mem_get_info(self.device)
-        now, peak = torch.cuda.memory_reserved(self.device), torch.cuda.max_memory_reserved(self.device)
-        return int(total - free - now + peak)
-
-
-# --- disk -----------------------------------------------------------------------------------------------------
-
-
-def state_bytes(bench: Bench) -> int:
-    """Of one state to resume from; asked after a step, when the optimizer has its moments."""
-    tensors = [*bench.form.parameters(), *bench.form.buffers()]
-    if bench.average is not None:
-        tensors += bench.average.tensors.values()
-    for state in bench.optimizer.state.values():
-        tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
-    return sum(t.nbytes + HEADER_BYTES for t in tensors)
-
-
-def disk_bytes(bench: Bench, state: int) -> int:
-    """What the run folder will hold at its end, but for what is cached: states, LoRAs, previews, the "
-    "sheet."""
-    config = bench.config
-    steps, every = config.train.steps, config.save.every
-    saves = 1 + ((steps - 1) // every if every else 0)
-    adapter = collect(bench.form)
-    tensors = [t for d in adapter.deltas.values() for t in d.tensors().values()]
-    tensors += [t for rows in adapter.embeddings.values() for t in rows.values()]
-    width = DTYPES[config.save.dtype].itemsize
-    lora = sum(t.numel() * width + HEADER_BYTES for t in tensors)
-    side = config.data.resolution or bench.live.resolution
-    shown = (steps // config.preview.every if config.preview.every else 0) * len(config.preview.prompts)
-    previews = shown * side**2 * PNG_BYTES_PER_PIXEL
-    return math.ceil(min(saves, config.save.keep) * state + (saves + 1) * lora + previews)
-
-
-def cached_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*")) if folder.is_dir() else 0
-
-
-def free_disk(folder: Path) -> int:
-    """Where `folder` is, or will be."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    return shutil.disk_usage(there).free

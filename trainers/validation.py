@@ -18,11 +18,10 @@ from trainers.buckets import View
 from trainers.caches import Encoded, draw_latents
 from trainers.dataset import Example
 from trainers.events import Measured
-from trainers.held_out import MOST, Probe, drift_prompts
+from trainers.held_out import MOST, TIMES, Probe, drift_prompts
 from trainers.predicting import predict, predict_as_base
 from trainers.sampler import Draw
 
-TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the timesteps there are
 SHOWN = 4  # pictures on whose latents the prompts are tried
 
 

@@ -152,7 +152,7 @@ class Words:
             return self._remember(component, text, Conditioning(**tensors))
         if self._files.path(key).exists():
             report.rebuilt.append(text)
-        made = self._encode(component, text)
+        made = self.encode(component, text)
         report.built += 1
         try:
             self._files.save(key, _tensors(made))
@@ -168,7 +168,7 @@ class Words:
                 self._bytes -= _size(self._kept.popitem(last=False)[1])
         return made
 
-    def _encode(self, component: str, text: str) -> Conditioning:
+    def encode(self, component: str, text: str) -> Conditioning:
         encoder, ids = getattr(self._pipeline, component), self._tokens(text)[component][None]
         with torch.no_grad(), torch.autocast(encoder.device.type, enabled=False), _no_dropout(self._form):
             made = encode_alone(encoder, component, ids, both=len(self.components) > 1)
