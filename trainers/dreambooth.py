@@ -25,7 +25,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from lora_core.batch_size import ran_out_of_memory
-from lora_core.errors import LoraError, NotFinite, Stopped
+from lora_core.errors import ConfigError, LoraError, NotFinite, Stopped
 from lora_core.formats import read_adapter
 from lora_core.safe_files import tensors_sha256
 from lora_core.train_form import detach
@@ -77,7 +77,9 @@ def train(
         except LoraError as problem:
             log(events.Failed(reason=str(problem)))
             raise
-        except torch.OutOfMemoryError as problem:
+        except RuntimeError as problem:
+            if not ran_out_of_memory(problem):
+                raise
             refusal = out_of_memory(problem)
             log(events.Failed(reason=str(refusal)))
             raise refusal from problem
@@ -106,6 +108,12 @@ def rehearse(
                 found = dry_run(bench, gradients, rehearsal=rehearsal)
             finally:
                 detach(bench.form)
+        except RuntimeError as problem:
+            if not ran_out_of_memory(problem):
+                raise
+            raise ConfigError(
+                f"This training does not fit into memory. {out_of_memory(problem)}"
+            ) from problem
         finally:
             AcceleratorState._reset_state(True)
     emit(found)

@@ -147,9 +147,7 @@ def disk(bench: Bench, ahead: Ahead, costs: Costs) -> list[Share]:
     config, folder = bench.config, ahead.folder
     there = (lambda path: 0) if ahead.anew else held
     count, save = saves(config), costs.save
-    state = save.state + sum(
-        DIGEST + len(f"{e.source.folder.name}{e.path.name}") for e in ahead.dataset.examples
-    )
+    state = save.state + sum(known_of(e) for e in ahead.dataset.examples) + 4 * DIGEST
     side = bench.live.resolution
     pictures = previews(config) * (side**2 * PNG + WORDS)
     found = [
@@ -179,6 +177,10 @@ def disk(bench: Bench, ahead: Ahead, costs: Costs) -> list[Share]:
         bytes_ = math.ceil(made.count * (made.side**2 * PNG + WORDS))
         found.append(Share("class pictures", made.folder, bytes_))
     return [share for share in found if share.count]
+
+
+def known_of(example: Example) -> int:
+    return DIGEST + len(example.source.folder.name) + len(example.path.name)
 
 
 def _some(count: int, one: str, many: str) -> str:

@@ -21,7 +21,7 @@ from tests.trainers.test_bad_input import preset_file
 from trainers import advice, dreambooth, preflight, presets
 from trainers.batches import Batch
 from trainers.dreambooth import gradients, rehearse, train
-from trainers.events import TrainEvent
+from trainers.events import Preflight, TrainEvent
 from trainers.room import out_of_memory
 
 
@@ -234,25 +234,48 @@ sys.exit(launch.main(["--preflight", *sys.argv[2:]]))
 @pytest.mark.parametrize(
     ("batch", "code", "says"),
     [
-        (64, 0, "Warning: The device has no memory for a whole batch"),
+        (32, 0, "Warning: The device has no memory for a whole batch"),
         (1, 2, "This training does not fit into memory. The device is out of memory. Set"),
     ],
 )
 def test_a_real_limit_of_memory(tmp_path: Path, base: Path, batch: int, code: int, says: str) -> None:
     """Where a batch is too much it is computed in pieces; where a picture is, the training is refused."""
     pictures(tmp_path / "images", 1)
-    side = 256 if batch > 1 else 1024
+    side = 128 if batch > 1 else 1024
     done = subprocess.run(
         [
-            *(sys.executable, "-c", LIMITED, str(900_000_000), str(preset_file(tmp_path, base))),
+            *(sys.executable, "-c", LIMITED, str(350_000_000), str(preset_file(tmp_path, base))),
             *("--set", f"train.batch_size={batch}", "--set", f"data.resolution={side}"),
         ],
         capture_output=True,
         text=True,
         check=False,
+        cwd=Path(launch.__file__).parent,
         env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
     )
     assert (done.returncode, says in done.stdout + done.stderr) == (code, True), done.stdout + done.stderr
+
+
+def test_a_short_preflight_names_no_parts_of_a_second() -> None:
+    more = {"latents": 0.2, "previews": 30.0}
+    usual: dict[str, Any] = {
+        **{
+            "largest": "512 x 512",
+            "pictures": 2,
+            "pieces": 1,
+            "memory": 5 * 10**9,
+            "memory_pictures": 6 * 10**9,
+        },
+        **{"memory_total": 8 * 10**9, "step_s": 1.0, "steps_s": 500.0, "more_s": more, "total_s": 530.2},
+        **{"disk": 10**9, "disk_shares": {"previews": 10**9}, "disk_free": 10**10, "warnings": ("Mind it.",)},
+    }
+    assert str(Preflight(**usual)).splitlines() == [
+        "Preflight: the largest step, 2 pictures of 512 x 512, takes 1 s and 5.0 GB of 8.0 GB memory, 6.0 GB while "
+        "pictures are made.",
+        "Time: about 9 min (steps 8 min, previews 30 s).",
+        "Disk: at most 1.0 GB of 10.0 GB that are free (previews 1.0 GB).",
+        "Warning: Mind it.",
+    ]
 
 
 def test_what_is_said(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
