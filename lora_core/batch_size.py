@@ -58,6 +58,7 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def ran_out_of_memory(problem: RuntimeError) -> bool:
-    """torch has a class for it on CUDA alone; on the CPU and on Apple's GPUs the words must tell."""
-    words = ("can't allocate memory", "not enough memory", "out of memory")
+    """torch has a class for it on CUDA alone; on the CPU and on Apple's GPUs the words must tell. "Primitive" is
+    oneDNN's, which says no more where it gets no working memory."""
+    words = ("can't allocate memory", "not enough memory", "out of memory", "could not create a primitive")
     return isinstance(problem, torch.OutOfMemoryError) or any(w in str(problem) for w in words)

@@ -139,7 +139,7 @@ def about_captions(dataset: Dataset) -> Iterator[str]:
 
 
 def strange_captions(picture: Path) -> list[Path]:
-    """Files that look like the picture's caption and are not read as one: photo.TXT, photo.tags, photo.jpg.txt."""
+    """Files that look like the picture's caption and are not read as one: photo.tags, photo.jpg.txt."""
     found = []
     for path in picture.parent.iterdir():
         if not path.name.startswith(picture.stem + ".") or path in (picture, *sidecars(picture)):

@@ -214,7 +214,7 @@ def test_a_picture_to_learn_in_the_class(tmp_path: Path, words: Any) -> None:
         ({"0.txt": "a cat", "0.caption": "a dog"}, "0.caption is not read, since 0.txt comes first", "Keep"),
         ({"0.txt": b"\xff\xfe\x00"}, "0.txt is not UTF-8", "save it as UTF-8"),
         ({"0.tags": "cat"}, "0.tags is not read", "Rename"),
-        ({"0.png.txt": "a cat", "1.TXT": "a cat"}, "0.png.txt and 1 more are not read", "Rename"),
+        ({"0.png.txt": "a cat", "1.tags": "cat"}, "0.png.txt and 1 more are not read", "Rename"),
         ({"0.txt": "a cat", "0.tags": "cat"}, None, ""),  # it has one that is read
         ({"0.json": "{}", "0.xmp": "<x/>"}, None, ""),  # a camera's
         ({"metadata.jsonl": "{}"}, "metadata.jsonl in images is not read", "one beside each picture"),

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from lora_core import read_adapter
+from lora_core.errors import SaveFailed
 from lora_core.safe_files import read_tensors
 from tests.trainers.runs import Recorder, base_folder, config, events_in, pictures, refusal
 from trainers import checkpoints, presets
@@ -143,20 +144,44 @@ def test_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, base: Path) ->
     assert any("damaged" in e.get("text", "") for e in events_in(lora.parent))
 
 
-def test_full_disk_while_saving(tmp_path: Path, base: Path) -> None:
-    """Every save fails: the training goes on, the end says what to do, no half file stays, the preset is whole."""
+def test_a_disk_that_is_full_from_the_beginning(tmp_path: Path, base: Path) -> None:
+    """Nothing is trained that could not be saved; the preset is whole, and no half file stays."""
     pictures(tmp_path / "images", 2)
     preset = preset_file(tmp_path, base)
     result = launch("--train", str(preset), "--set", "save.every=2", limit=60_000)
     run = tmp_path / "runs" / "small"
-    assert result.returncode == 1
-    assert "was not saved; the training goes on" in result.stdout
-    assert "small.safetensors" in result.stderr
+    assert result.returncode == 2
+    assert "could not be saved even once" in result.stderr
     assert "Traceback" not in result.stderr
-    assert [e["step"] for e in events_in(run) if e["event"] == "Step"] == [1, 2, 3, 4, 5, 6]
+    assert "Step" not in [e["event"] for e in events_in(run)]
+    assert not [path for path in run.rglob("*") if path.suffix == ".partial" or path.name == "trial"]
+    assert presets.load(run / "preset.toml") == presets.load(preset, ["save.every=2"])
+
+
+def test_a_disk_that_fills_up_before_the_first_save(tmp_path: Path, base: Path) -> None:
+    """Every save fails: the training goes on, the end says what to do, no half file stays."""
+    pictures(tmp_path / "images", 2)
+    limit, before = resource.RLIMIT_FSIZE, resource.getrlimit(resource.RLIMIT_FSIZE)
+    recorder = Recorder()
+
+    def disk(event: TrainEvent) -> None:
+        if isinstance(event, Step):
+            resource.setrlimit(limit, (60_000, before[1]))
+
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(SaveFailed, match=r"small\.safetensors"):
+            train(config(tmp_path, base, save={"every": 2}), listeners=[recorder, disk], preflight=True)
+    finally:
+        resource.setrlimit(limit, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    run = tmp_path / "runs" / "small"
+    assert sorted(recorder.losses) == [1, 2, 3, 4, 5, 6]
+    assert [
+        e for e in recorder.seen if isinstance(e, Note) and "was not saved; the training goes on" in e.text
+    ]
     assert not list(run.rglob("*.partial"))
     assert not (run / "small.safetensors").exists()
-    assert presets.load(run / "preset.toml") == presets.load(preset, ["save.every=2"])
 
 
 def test_a_disk_full_for_a_while_costs_only_the_saves_of_that_while(tmp_path: Path, base: Path) -> None:

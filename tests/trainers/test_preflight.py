@@ -232,19 +232,21 @@ sys.exit(launch.main(["--preflight", *sys.argv[2:]]))
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are Unix'")
 @pytest.mark.parametrize(
-    ("batch", "code", "says"),
+    ("batch", "limit", "code", "says"),
     [
-        (32, 0, "Warning: The device has no memory for a whole batch"),
-        (1, 2, "This training does not fit into memory. The device is out of memory. Set"),
+        (64, 700_000_000, 0, "Warning: The device has no memory for a whole batch"),
+        (1, 350_000_000, 2, "This training does not fit into memory. The device is out of memory. Set"),
     ],
 )
-def test_a_real_limit_of_memory(tmp_path: Path, base: Path, batch: int, code: int, says: str) -> None:
+def test_a_real_limit_of_memory(
+    tmp_path: Path, base: Path, batch: int, limit: int, code: int, says: str
+) -> None:
     """Where a batch is too much it is computed in pieces; where a picture is, the training is refused."""
     pictures(tmp_path / "images", 1)
     side = 128 if batch > 1 else 1024
     done = subprocess.run(
         [
-            *(sys.executable, "-c", LIMITED, str(350_000_000), str(preset_file(tmp_path, base))),
+            *(sys.executable, "-c", LIMITED, str(limit), str(preset_file(tmp_path, base))),
             *("--set", f"train.batch_size={batch}", "--set", f"data.resolution={side}"),
         ],
         capture_output=True,
