@@ -15,9 +15,9 @@ from lora_core.generation import GenerationRequest
 from trainers import checkpoints
 from trainers.batches import Batch
 from trainers.bench import Bench
-from trainers.caches import encode_view, encoding
+from trainers.caches import encode_view, encoding, open_view
 from trainers.conditioning import Conditioning
-from trainers.dataset import Example, read
+from trainers.dataset import Example
 from trainers.finish import write_lora
 from trainers.predicting import predict
 from trainers.room import awake
@@ -102,7 +102,7 @@ def trial_latent(bench: Bench, example: Example) -> float:
     """Seconds for reading and encoding one picture, per pixel."""
     view = example.views()[0]
     with awake(bench), encoding(bench.live.pipeline.vae) as vae:
-        seconds = timed(bench, lambda: encode_view(vae, example, view, read(example)))
+        seconds = timed(bench, lambda: encode_view(vae, example, view, open_view(example, view)))
     width, height = example.plan.bucket
     return seconds / (width * height)
 

@@ -144,7 +144,7 @@ class Words:
             return kept
         if self._files is None:
             report.built += 1
-            return self._remember(component, text, self._encode(component, text))
+            return self._remember(component, text, self.encode(component, text))
         key = self._key(component, text)
         tensors = self._files.load(key)
         if tensors is not None and tensors.keys() - {"pooled"} == {"hidden"}:
