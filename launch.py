@@ -28,9 +28,6 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as problem:
         return _say(str(problem), USAGE)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault(
-        "TRANSFORMERS_VERBOSITY", "error"
-    )  # else it asks for torchvision, which nothing needs
     own = {
         "": app,
         "--train": train,

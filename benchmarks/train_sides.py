@@ -13,6 +13,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.utils import convert_state_dict_to_diffusers
+from diffusers.utils.logging import disable_progress_bar
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -79,6 +80,7 @@ class Peer:
     def __init__(self, config: TrainConfig) -> None:
         self.config, self.losses = config, list[float]()
         dtype = DTYPES[str(config.train.base_dtype)]
+        disable_progress_bar()  # of its loading: it would stand among the figures
         self.pipe: Any = StableDiffusionPipeline.from_pretrained(
             config.base, safety_checker=None, dtype=dtype
         )

@@ -8,6 +8,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lora_core.hushed import hush
+
+hush()
+
 if TYPE_CHECKING:
     from lora_core.adapter import Adapter
     from lora_core.baking import bake
