@@ -44,7 +44,7 @@ _CALLS = (
     r"upload|upload_progress|queue/(?:join|data)|(?:run|api)/[^/]+|info|config|theme\.css|startup-events|app_id"
     r"|component_server|cancel|reset|heartbeat/[^/]+|stream/.*"
 )
-_OURS = r"loom/(?:news|row|mix|picture|thumb/[^/]+)"
+_OURS = r"loom/(?:news|row|mix|picture|run|thumb/[^/]+|look|report/[^/]+)"
 PATHS = re.compile(
     rf"/(?:{_OURS}|config|theme\.css|favicon\.ico|manifest\.json|robots\.txt|(?:assets|static|svelte)/.*"
     rf"|gradio_api/(?:{_CALLS}))?/?"
@@ -56,6 +56,9 @@ POLICY = (
     "img-src 'self' data: blob:; media-src 'self' blob:; font-src 'self' data:; worker-src 'self' blob:; "
     "connect-src 'self'; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
 )
+# Whole pages that others may have made: a run's folder can come from anywhere.
+PAGES = ("/loom/look", "/loom/report/")
+PAGE_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; sandbox; frame-ancestors 'none'"
 FILE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; sandbox; frame-ancestors 'none'"
 SAID: dict[bytes, str] = {
     b"content-security-policy": POLICY,
@@ -127,7 +130,7 @@ class Gate:
             return await send({"type": "websocket.close", "code": 1008})
         path = str(scope["path"])
         answer = self._answer(scope, path)
-        send = _saying(send, is_file=path.startswith(FILES) and answer is None)
+        send = _saying(send, path if answer is None else "")
         if answer is not None:
             return await _reply(send, answer)
         scope["headers"] = [h for h in scope["headers"] if not h[0].startswith(_LIES)]
@@ -221,8 +224,10 @@ def _opens_the_page(scope: Scope, path: str) -> bool:
     )
 
 
-def _saying(send: Send, *, is_file: bool) -> Send:
+def _saying(send: Send, path: str) -> Send:
     """`send`, with our headers in the place of what the page says about these things."""
+    is_file = path.startswith(FILES)
+    policy = FILE_POLICY if is_file else PAGE_POLICY if path.startswith(PAGES) else POLICY
 
     async def sealed(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -232,7 +237,7 @@ def _saying(send: Send, *, is_file: bool) -> Send:
                 for key, value in message.get("headers", ())
                 if key.lower() not in dropped and not key.lower().startswith(b"access-control-")
             ]
-            said = {**SAID, b"content-security-policy": FILE_POLICY} if is_file else SAID
+            said = {**SAID, b"content-security-policy": policy}
             headers += [(name, value.encode()) for name, value in said.items()]
             message["headers"] = _as_file(headers) if is_file else headers
         await send(message)

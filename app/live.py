@@ -11,11 +11,12 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
 from fastapi import APIRouter, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import FileResponse, JSONResponse
 
 from app import mixing
 from app.draft import Draft
@@ -51,7 +52,9 @@ class Part:
 def routes(session: Session, draft: Draft, parts: Mapping[str, Part]) -> APIRouter:
     """`POST /loom/news` {part: the mark it was drawn by} -> {part: [new mark, content]} of those that differ.
     `POST /loom/row` {name, and one of ROW}; `POST /loom/mix` {name, and one of MIX}; `POST /loom/picture` {name, and
-    caption or remove}; each -> {} or {problem}. `GET /loom/thumb/NAME` a picture of the draft, small."""
+    caption or remove}; `POST /loom/run` {name, and show}; each -> {} or {problem}. `GET /loom/thumb/NAME` a picture of
+    the draft, small; `GET /loom/look` and `GET /loom/report/RUN` pages without scripts, of the last check and of a run.
+    """
     api = APIRouter(prefix="/loom")
     server = token_hex(8)  # a page that another server has made loads itself anew
 
@@ -73,6 +76,21 @@ def routes(session: Session, draft: Draft, parts: Mapping[str, Part]) -> APIRout
     def picture(said: dict[str, Any]) -> JSONResponse:
         return _answer(lambda: change_picture(draft, said))
 
+    @api.post("/run")
+    def run(said: dict[str, Any]) -> JSONResponse:
+        return _answer(lambda: session.training.show(_change(said, ("show",))[0]))
+
+    @api.get("/look")
+    def look() -> Response:
+        return _page(session.check.view.look.get("page"))
+
+    @api.get("/report/{name}")
+    def report(name: str) -> Response:
+        try:
+            return _page(session.training.folder_of(name).page)
+        except LoraError:
+            return _page(None)
+
     @api.get("/thumb/{name}")
     def thumb(name: str) -> Response:
         path = draft.find(name)
@@ -82,6 +100,12 @@ def routes(session: Session, draft: Draft, parts: Mapping[str, Part]) -> APIRout
         return Response(body, media_type="image/jpeg", headers={"cache-control": "private, max-age=86400"})
 
     return api
+
+
+def _page(path: str | Path | None) -> Response:
+    if path is None or not Path(path).is_file() or Path(path).is_symlink():  # which may lead anywhere
+        return Response("There is no such page (any longer).", status_code=404, media_type="text/plain")
+    return FileResponse(path, media_type="text/html", headers={"cache-control": "no-store"})
 
 
 def _answer(act: Callable[[], None]) -> JSONResponse:

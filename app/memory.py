@@ -8,10 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
+from app.plan import Plan
 from lora_core.errors import ConfigError, LoraError
 from lora_core.generation import GenerationRequest
 from lora_core.mix import AdapterWeight, Curve, WeightValue
 from lora_core.safe_files import write_atomic
+from trainers.presets import list_presets
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,8 @@ class Wanted:
     auto: bool = False  # fused by itself once the mix has stood still
     solo: str = ""  # the one LoRA that sounds; empty: all do
     fade: Fade = field(default_factory=Fade)
+    plan: Plan = field(default_factory=Plan)
+    predictions: dict[str, str] = field(default_factory=dict)  # of bases that do not say it: source -> which
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
@@ -133,6 +137,8 @@ class Wanted:
         )
         wanted.auto = data.get("auto") is True
         wanted.fade = _known(Fade, data.get("fade", {}))
+        wanted.plan = _plan(data.get("plan", {}))
+        wanted.predictions = {str(k): str(v) for k, v in data.get("predictions", {}).items()}
         return wanted
 
 
@@ -146,6 +152,12 @@ def _row(data: dict[str, Any]) -> Row:
     )
     _ = row.worn
     return row
+
+
+def _plan(data: dict[str, Any]) -> Plan:
+    """A fresh one where its preset is gone: for that nobody's mixer is to be forgotten."""
+    plan = _known(Plan, data)
+    return plan if plan.preset in {name for name, _, _ in list_presets()} else Plan()
 
 
 T = TypeVar("T")
@@ -177,6 +189,8 @@ def write_wanted(path: Path, wanted: Wanted) -> None:
             "form": dataclasses.asdict(wanted.form),
             "auto": wanted.auto,
             "fade": dataclasses.asdict(wanted.fade),
+            "plan": dataclasses.asdict(wanted.plan),
+            "predictions": wanted.predictions,
         },
         indent=1,
     )

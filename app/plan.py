@@ -4,25 +4,62 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lora_core.errors import ConfigError
 from trainers import presets
+from trainers.config import TrainConfig
+
+CHANGES_NOTHING = ('data.images="."',)  # for a look at a preset that names no pictures of the user's
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`noun` is what the subject is ("dog"); `prompt` is what every picture without a caption is called."""
+    """`noun` is what the subject is ("dog"); `prompt` is what every picture without a caption is called.
 
-    preset: str
-    name: str
-    noun: str
-    prompt: str
-    base: str
-    steps: int
-    rank: int
+    settings     the expert's own lines, each as `--set` takes it; they are said last
+    prediction   as TrainConfig has it
+    """
+
+    preset: str = "demo"
+    name: str = "my-first-lora"
+    noun: str = "animal"
+    prompt: str = "a zxq animal"
+    base: str = "demo"
+    steps: int = 450
+    rank: int = 16
     keep_class: bool = True
+    token: str = "zxq"
+    settings: str = ""
+    prediction: str = "auto"
+
+    def changed(self, **changes: Any) -> Plan:
+        """A prompt that nobody has worded follows its words; a preset brings its own numbers."""
+        after = replace(self, **changes)
+        worded = self.prompt != subject_prompt(self.token, self.noun, self.base)
+        if not worded and "prompt" not in changes:
+            after = replace(after, prompt=subject_prompt(after.token, after.noun, after.base))
+        if after.preset != self.preset:
+            shipped = presets.load(after.preset, CHANGES_NOTHING)
+            after = replace(
+                after,
+                steps=shipped.train.steps,
+                rank=shipped.lora.rank,
+                keep_class=shipped.data.has_class,
+            )
+        return after
+
+    def on_base(self, base: str, family: str) -> Plan:
+        """For another base model: with a preset that is meant for it, where this one is not."""
+        usual = {"demo": "demo"}.get(base) or {"sdxl": "sdxl_subject"}.get(family, "sd15_subject")
+        kept = self.preset if _meant_for(self.preset) == _meant_for(usual) else usual
+        return self.changed(base=base, preset=kept)
+
+    def config(self, pictures: Path) -> TrainConfig:
+        """The preset with the answers on top, whole. Raises ConfigError."""
+        return presets.load(self.preset, self.overrides(pictures))
 
     def overrides(self, pictures: Path) -> list[str]:
         """As `--set` takes them. Raises ConfigError for an answer that is missing."""
@@ -35,10 +72,11 @@ class Plan:
                 raise ConfigError(
                     f"There is no {what}. Fill it in, such as: my_dog, dog, a photo of sks dog."
                 )
-        shipped = presets.load(self.preset, ['data.images="."'])
+        shipped = presets.load(self.preset, CHANGES_NOTHING)
         settings: dict[str, object] = {
             "name": slug(self.name),
             "base": self.base,
+            "prediction": self.prediction,
             "data.images": str(pictures),
             "data.prompt": self.prompt.strip(),
             "train.steps": self.steps,
@@ -55,7 +93,17 @@ class Plan:
         chosen = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in settings.items()]
         if not self.keep_class:
             chosen += ["data.class_prompt=", "data.class_count=", "data.class_images="]
-        return [*chosen, "report.judge="]
+        return [*chosen, "report.judge=", *own_lines(self.settings)]
+
+
+def own_lines(text: str) -> list[str]:
+    """The settings among the lines; empty ones and comments are none."""
+    return [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+
+
+def _meant_for(preset: str) -> str:
+    """The base a preset is made for: "demo", the hub id of SDXL, or that of SD 1.5."""
+    return presets.load(preset, CHANGES_NOTHING).base
 
 
 def scenes(base: str) -> tuple[str, ...]:

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 
 from app import making, mixing, wearing
-from app.draft import Draft
+from app.checking import Check
 from app.jobs import Job, Worker
 from app.library import Library
 from app.memory import Row, Wanted, read_wanted, write_wanted
 from app.mixes import Mixes
 from app.pictures import Pictures
-from app.plan import Plan, slug
+from app.runs import Runs
 from app.training import Training
-from lora_core.errors import LoraError, NotLoaded
+from lora_core.errors import LoraError, NotLoaded, PredictionUnclear
 from lora_core.generation import GenerationRequest
 from lora_core.mix import AdapterWeight, Mix, WeightValue, known_blocks
 from lora_core.pipeline import LivePipeline
@@ -36,12 +36,14 @@ class Session:
 
     def __init__(self, models: Path, outputs: Path, runs: Path, *, open_now: bool = True) -> None:
         self.library, self.pictures, self.training = Library(models), Pictures(outputs), Training(runs)
-        self.worker = Worker()
+        self.worker, self.check, self.runs = Worker(), Check(), Runs(runs.absolute())
         self.pipe: LivePipeline | None = None
         self.blocks: list[str] = []  # of its UNet, by name
         self.seal = ""  # the last proof, in words; empty while LoRAs are fused or nothing is open
         self.last_request: GenerationRequest | None = None
         self.said: tuple[int, str] = (0, "")  # a refusal that belongs to no job; the page shows each once
+        self.said_at: dict[str, str] = {}  # place on the page -> what could not be done there, until it can
+        self.unclear = ""  # a base that does not say what its UNet predicts: the page asks
         self.mixes = Mixes(models / "Mixes")
         self.put: Mix = {}  # what a whole mix made sound: as long as it does, nothing was set by hand
         self.before: Mix = {}  # what sounded before it
@@ -109,6 +111,7 @@ class Session:
     def close(self) -> None:
         """Keep what is wanted, stop the job at hand. A training is another process and goes on."""
         self.worker.close()
+        self.check.stop()
         self.save()
 
     def changed(self) -> None:
@@ -119,6 +122,12 @@ class Session:
 
     def choose_base(self, source: str) -> Job:
         return self.worker.submit(f"Opening {Path(source).name}", lambda job: self._choose(source, job))
+
+    def tell_prediction(self, source: str, prediction: str) -> Job:
+        """What the UNet of a base predicts, said by the user, for good; and the base is opened."""
+        with self.lock:
+            self.wanted.predictions[source] = prediction
+        return self.choose_base(source)
 
     def wear(self, names: Sequence[str]) -> Job:
         """LoRAs of the library into the mixer, at weight 1."""
@@ -139,13 +148,6 @@ class Session:
         if found is None:
             raise LoraError("There is no such LoRA yet. Start a training, or save the running one.")
         return self.use(found)
-
-    def train(self, plan: Plan, draft: Draft) -> Path:
-        """Start `plan` on the draft's pictures as they are now -> the run folder."""
-        if self.training.current() is not None:
-            raise LoraError("A training is running. Wait for it, or stop and save it first.")
-        pictures = draft.freeze(slug(plan.name))
-        return self.training.start(plan.preset, plan.overrides(pictures))
 
     def remove(self, name: str) -> Job:
         return self.worker.submit(f"Removing {name}", lambda job: self._remove([name]))
@@ -210,8 +212,9 @@ class Session:
             before.unload()
             before.pipeline.to("cpu")  # two may not fit on the card; if the new one is refused, this is back
         try:
-            pipe = LivePipeline.open(source)
-        except LoraError:
+            pipe = LivePipeline.open(source, prediction=self.wanted.predictions.get(source))
+        except LoraError as problem:
+            self.unclear = source if isinstance(problem, PredictionUnclear) else ""
             if before is not None:
                 before.pipeline.to(_device())
                 self.pipe = before
@@ -220,7 +223,9 @@ class Session:
                 self.wanted.base = "demo"
                 self._open("demo", job)
             raise
-        self.pipe, self.wanted.base, self.wanted.fused = pipe, source, False
+        self.pipe, self.wanted.base, self.wanted.fused, self.unclear = pipe, source, False, ""
+        with self.lock:
+            self.wanted.plan = self.wanted.plan.on_base(source, pipe.family.key)
         pipe.mode = "auto" if self.wanted.auto else "live"
         self.blocks = known_blocks(pipe.unet_paths)
         self.look = LatentPreview(pipe.pipeline.vae)

@@ -86,28 +86,5 @@ def message_html(job: JobView) -> str:
     )
 
 
-def training_card(view: TrainView | None) -> str:
-    """The state of the run in words, with what to do next."""
-    if view is None:
-        return '<div class="empty">No training yet. Choose pictures, say what they show, and start.</div>'
-    lines = [f"<b>{escape(view.name)}</b>: {escape(view.state)}"]
-    if view.steps:
-        label = f"step {view.step} of {view.steps}"
-        lines.append(
-            f'{label} <progress max="{view.steps}" value="{view.step}" aria-label="{label}"></progress>'
-        )
-    if view.state == "running" and view.step:
-        lines.append(f"about {duration(view.eta_s)} left")
-    if view.error:
-        lines.append(f'<div class="message failed">{escape(view.error)}</div>')
-    if view.state == "stopped" and view.resume:
-        lines.append(f"Saved. Go on with: <code>{escape(view.resume)}</code>")
-    if view.state == "finished":
-        lines.append("Finished. “Use it” puts it into the mixer.")
-    notes = "".join(f"<li>{escape(note)}</li>" for note in view.notes[-8:])
-    body = "<br>".join(lines)
-    return f'<div class="card" role="status">{body}{f"<ul>{notes}</ul>" if notes else ""}</div>'
-
-
 def escape_lines(lines: Sequence[str]) -> str:
     return "".join(f'<div class="message failed">{escape(line)}</div>' for line in lines)

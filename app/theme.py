@@ -10,7 +10,7 @@ from pathlib import Path
 import gradio as gr
 
 ASSETS = Path(__file__).parent / "assets"
-SCRIPTS = ("page.js", "parts.js", "mixer.js", "mixes.js", "live.js")  # in this order
+SCRIPTS = ("page.js", "parts.js", "mixer.js", "mixes.js", "runs.js", "live.js")  # in this order
 CSS = (ASSETS / "page.css").read_text(encoding="utf-8")
 HEAD = "".join(f"<script>{(ASSETS / name).read_text(encoding='utf-8')}</script>" for name in SCRIPTS)
 VEIL = (

@@ -49,14 +49,28 @@ class Training:
             folder = RunFolder.create(config)
             return self._launch(folder, Story(folder, steps=config.train.steps))
 
-    def resume(self, run: Path) -> Path:
-        """Go on with a run where it was last saved. Raises like `start`."""
+    def resume(self, run: Path, steps: int | None = None) -> Path:
+        """Go on with a run where it was last saved, to `steps` in all where that is given. Raises like `start`."""
+        changes = [] if steps is None else [f"train.steps={steps}"]
         with self._lock:
             self._refuse_a_second()
-            folder, config = RunFolder.reopen(run.absolute())
+            folder, config = RunFolder.reopen(run.absolute(), changes)
             if folder.busy():
                 raise LoraError(f"Another process is training in {run}. Wait for it, or stop it first.")
-            return self._launch(folder, Story(folder, steps=config.train.steps))
+            return self._launch(folder, Story(folder, steps=config.train.steps), changes)
+
+    def show(self, run: str) -> None:
+        """An earlier run takes the place of the one on view. Raises LoraError while one is trained, or for no run."""
+        with self._lock:
+            self._refuse_a_second()
+            self._child, self._story = None, Story(self.folder_of(run))
+
+    def folder_of(self, run: str) -> RunFolder:
+        """A run of `runs` by its folder's name. Raises LoraError."""
+        found = next((path for path in self.runs.glob("*/preset.toml") if path.parent.name == run), None)
+        if found is None:
+            raise LoraError(f"There is no run “{run}” in {self.runs}.")
+        return RunFolder(found.parent, presets.load(found).name)
 
     def current(self) -> Path | None:
         """The run at which a process is at work."""
@@ -89,13 +103,14 @@ class Training:
         if run is not None:
             raise LoraError(f"{run.name} is being trained. Wait for it, or stop and save it first.")
 
-    def _launch(self, folder: RunFolder, story: Story) -> Path:
+    def _launch(self, folder: RunFolder, story: Story, changes: Sequence[str] = ()) -> Path:
+        setting = [word for change in changes for word in ("--set", change)]
         shutil.rmtree(folder.control, ignore_errors=True)  # a killed process's; nobody listens there yet
         try:
             with folder.log.open("ab") as log:
                 story.log_start = log.tell()
                 self._child = subprocess.Popen(
-                    [sys.executable, str(LAUNCH), "--train", "--resume", str(folder.root)],
+                    [sys.executable, str(LAUNCH), "--train", "--resume", str(folder.root), *setting],
                     cwd=LAUNCH.parent,
                     stdin=subprocess.DEVNULL,
                     stdout=log,

@@ -23,7 +23,7 @@ from tests.app.page import app_at, browser, wait
 from tests.lora_core.test_pipeline import random_adapter
 
 HERE = Path(__file__).parent
-SIZES = {"wide": (1440, 900), "narrow": (400, 860)}
+SIZES = {"wide": (1440, 1100), "narrow": (400, 860)}
 SCHEMES = ("light", "dark")
 TALLEST = 2400  # pixels; more of a page nobody looks at
 
@@ -103,10 +103,13 @@ def shoot(camera: Camera, session: Session, scratch: Path) -> None:
     for page in camera:
         expect(page.locator(".thumb")).to_have_count(5, timeout=30_000)
     camera.take("train-pictures")
+    first.locator("#train-check").click()
+    wait(lambda: not session.check.view.busy and session.check.view.state, "the check", 300)
+    camera.take("train-checked")
     first.locator("#train-start").click()
-    wait(lambda: session.training.view(), "the start")
+    wait(lambda: session.training.view(), "the start", 300)
     camera.close()
-    wait(lambda: (v := session.training.view()) and v.step > 200 and len(v.previews) > 2, "previews", 300)
+    wait(lambda: (v := session.training.view()) and v.step > 200 and len(v.previews) > 2, "previews", 900)
     session.training.commands().pause()
     wait(state_is(session, "paused"), "the pause")
     camera.open()
@@ -114,8 +117,8 @@ def shoot(camera: Camera, session: Session, scratch: Path) -> None:
     camera.take("train-running")
     camera.close()
     session.training.commands().unpause()
-    wait(lambda: (v := session.training.view()) and v.state == "finished" and v.sheet, "the end", 300)
-    wait(lambda: session.training.current() is None, "the report", 120)
+    wait(lambda: (v := session.training.view()) and v.state == "finished" and v.sheet, "the end", 900)
+    wait(lambda: session.training.current() is None, "the report", 600)
     camera.open()
     camera.tab("Train")
     camera.take("train-finished")

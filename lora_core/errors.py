@@ -39,6 +39,10 @@ class NothingMatched(ConfigError):
     """Targets that name no layer of the model."""
 
 
+class PredictionUnclear(LoraError):
+    """Neither its files nor a try tell what a base model's UNet predicts: somebody has to say it."""
+
+
 class NotLoaded(LoraError):
     """A LoRA is named that is not loaded."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 HUSHED = {  # logger -> a part of the sentence
     # a kernel for 4 bits on a CPU, which bitsandbytes does without
@@ -17,4 +18,8 @@ HUSHED = {  # logger -> a part of the sentence
 def hush() -> None:
     """Before the libraries are imported. Other sentences of theirs are heard as ever."""
     for logger, part in HUSHED.items():
-        logging.getLogger(logger).addFilter(lambda record, part=part: part not in str(record.msg))
+        logging.getLogger(logger).addFilter(partial(_is_news, part))
+
+
+def _is_news(part: str, record: logging.LogRecord) -> bool:
+    return part not in str(record.msg)

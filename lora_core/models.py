@@ -27,7 +27,7 @@ from lora_core.adapter import COMPONENTS
 from lora_core.base_files import Stored, fill
 from lora_core.base_parts import in_file, in_folder
 from lora_core.base_sources import find_source
-from lora_core.errors import FileRefused, LoraError
+from lora_core.errors import FileRefused, PredictionUnclear
 from lora_core.families import Family
 from lora_core.prediction import NAMES, check, measured
 from lora_core.quantised import Quantised, quantise, refuse_unknown
@@ -184,7 +184,7 @@ def _measure(found: FoundBase) -> tuple[FoundBase, str]:
     """-> the same with what its UNet predicts, and how that was found out. LoraError where it is not clear."""
     prediction, likeness = measured(_assemble(found.parts))
     if prediction is None:
-        raise LoraError(
+        raise PredictionUnclear(
             f"{found.name} does not say whether its UNet predicts noise or velocity, and trying it out does not tell "
             f'(a correlation of {likeness:.2f}). Give prediction = "epsilon" or "v_prediction" (--prediction), or put '
             f"{found.path.stem}.yaml with the line parameterization: v (or eps) beside it; 768-v models predict v."

@@ -41,6 +41,7 @@ TRAINERS_FOR_APP = {
     "images",
     "captions",
     "control",
+    "look",
     "run_folder",
     "story",
 }

@@ -190,7 +190,7 @@ class Orders:
     @property
     def waiting(self) -> bool:
         """One look into one folder: some 10 µs."""
-        return bool(self._names())
+        return bool(names_in(self.folder))
 
     def hold(self) -> bool:
         """Whether no step is to be taken now. Stopping ends a pause."""
@@ -217,7 +217,9 @@ class Orders:
     def take_samples(self, refuse: Callable[[str], None]) -> list[Sample]:
         """In the order they were asked for. `refuse` is told of one that cannot be understood."""
         taken: list[Sample] = []
-        for name in sorted(n for n in self._names() if n.startswith("sample-") and n.endswith(".json")):
+        for name in sorted(
+            n for n in names_in(self.folder) if n.startswith("sample-") and n.endswith(".json")
+        ):
             file = self.folder / name
             try:
                 taken.append(Sample.read(file))
@@ -226,11 +228,13 @@ class Orders:
             _take_away(file)
         return taken
 
-    def _names(self) -> list[str]:
-        try:
-            return [name for name in os.listdir(self.folder) if not name.startswith(".")]
-        except FileNotFoundError:  # somebody tidied up: a training does not end for that
-            return []
+
+def names_in(folder: Path) -> list[str]:
+    """The orders that wait, by the names of their files; none where there is no folder."""
+    try:
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except FileNotFoundError:  # over, or somebody tidied up: a training does not end for that
+        return []
 
 
 @contextmanager

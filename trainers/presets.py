@@ -65,6 +65,18 @@ def find(path_or_name: str | Path) -> Path:
     raise ConfigError(f"There is no preset {path_or_name}.{did_you_mean(path.stem, shipped)}")
 
 
+def ancestors(path_or_name: str | Path) -> list[str]:
+    """Names of what a preset extends, and of what that extends, the nearest first. Raises ConfigError like `load`."""
+    found, path = list[str](), find(path_or_name)
+    while isinstance(base := _read(path).get("extends"), str):
+        beside = path.parent / base
+        path = beside if beside.is_file() else find(base)
+        if path.stem in found:
+            break  # in a circle: `load` says so
+        found.append(path.stem)
+    return found
+
+
 def list_presets() -> list[tuple[str, Path, str]]:
     """The shipped presets: (name, path, description), by name. The description is the first comment line."""
     found = []

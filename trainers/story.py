@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainers.control import names_in
 from trainers.run_folder import RunFolder
 
 ALIVE = ("starting", "running", "paused")
@@ -28,7 +29,10 @@ class TrainView:
     eta_s     seconds left, pauses not counted; 0 until known
     losses    (step, raw, smoothed), at most 1,000
     previews  (step, prompt, picture), the run's own and the samples asked for, in the order they were made
+    held_out  (step, loss on held-out pictures), where that is measured
     saved     (step, LoRA file) of every save whose file is still there: old ones are swept
+    preflight the facts of its Preflight, empty before there is one
+    waiting   the orders that it has not taken yet, by the names of their files
     lora      the finished LoRA, else that of the newest save
     resume    the command that goes on with a run that is stopped, or has failed after a save
     """
@@ -41,9 +45,13 @@ class TrainView:
     eta_s: float
     losses: tuple[tuple[int, float, float], ...]
     previews: tuple[tuple[int, str, Path], ...]
+    held_out: tuple[tuple[int, float], ...]
     saved: tuple[tuple[int, Path], ...]
     notes: tuple[str, ...]
+    preflight: dict[str, Any]
+    waiting: tuple[str, ...]
     lora: Path | None
+    report: Path | None
     sheet: Path | None
     figures: dict[str, Any]
     error: str
@@ -202,9 +210,13 @@ class Story:
             eta_s=self.eta_s,
             losses=tuple(shown),
             previews=tuple(self.previews),
+            held_out=tuple(self.validation),
             saved=tuple(sorted((step, lora) for step, lora in self.saved.items() if lora.exists())),
             notes=tuple(self.notes),
+            preflight=self.preflight,
+            waiting=tuple(n for n in names_in(self.folder.control) if self.state != "paused" or n != "pause"),
             lora=self.lora or (self.saved[max(self.saved)] if self.saved else None),
+            report=self.folder.page if self.folder.page.exists() else None,
             sheet=self.sheet,
             figures=self.figures,
             error=self.error,

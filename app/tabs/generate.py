@@ -48,6 +48,15 @@ def _base_picker(session: Session, c: dict[str, Any]) -> None:
         elem_id="base",
         allow_custom_value=False,
     )
+    with gr.Column(visible=False, elem_id="unclear") as c["unclear"]:
+        c["prediction"] = gr.Radio(
+            [("noise (most models)", "epsilon"), ("velocity (768-v and other “v” models)", "v_prediction")],
+            value="epsilon",
+            label="What does this model predict?",
+            info="Its file does not say, and trying it out did not tell. Pictures of the wrong choice are only noise.",
+            elem_id="prediction",
+        )
+        c["predict"] = gr.Button("Open it so", elem_id="predict", size="sm")
 
 
 def _form(form: Form, c: dict[str, Any]) -> None:
@@ -155,6 +164,9 @@ def _listen(session: Session, parts: Parts, c: dict[str, Any]) -> None:
     given = [c["sheet_kind"], c["sheet_weights"], *fields]
     c["make_sheet"].click(make_sheet, given, None, **AT_ONCE)
     c["stop"].click(session.worker.stop, None, None, **AT_ONCE)
+    c["predict"].click(
+        lambda said: _void(session.tell_prediction(session.unclear, said)), c["prediction"], None, **AT_ONCE
+    )
     c["base"].input(lambda source: _void(session.choose_base(source)), c["base"], None, **AT_ONCE)
 
     def samplers() -> list[str]:
@@ -166,14 +178,23 @@ def _listen(session: Session, parts: Parts, c: dict[str, Any]) -> None:
             gr.update(value=pictures, visible=bool(pictures)),
             gr.update(choices=session.library.bases(), value=session.wanted.base),
             gr.update(choices=[(OWN, ""), *((s, s) for s in samplers())]),
+            gr.update(visible=bool(session.unclear)),
+            gr.update(label=f"What does {Path(session.unclear).name} predict?"),
         ]
 
     worker = session.worker
 
     def mark() -> Any:
-        return [*map(str, session.pictures.newest()[:1]), session.wanted.base, samplers(), worker.view.busy]
+        return [
+            *map(str, session.pictures.newest()[:1]),
+            session.wanted.base,
+            samplers(),
+            session.unclear,
+            worker.view.busy,
+        ]
 
-    parts.drawn("generate", mark, look, [c["gallery"], c["base"], c["sampler"]])
+    drawn = [c["gallery"], c["base"], c["sampler"], c["unclear"], c["prediction"]]
+    parts.drawn("generate", mark, look, drawn)
     built = session.wanted.form
 
     def restore() -> list[Any]:

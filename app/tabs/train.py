@@ -1,73 +1,123 @@
-"""Train: pictures, subject, start. While it runs the same place shows it learning, and takes its orders.
+"""Train: pictures, subject, training, start. What runs is shown beside it (running.py).
 
 The training is `launch.py --train` in a process of its own: a closed page, or a stopped server, does not end it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import gradio as gr
-import pandas as pd
 
+from app import teaching
+from app.cards import check_html, preset_html, ready_html
 from app.draft import Draft
-from app.plan import Plan, subject_prompt
+from app.plan import Plan
 from app.session import Session
-from app.status import training_card
-from app.tabs import AT_ONCE, Parts, gather
-from app.training import TrainView
-from lora_core.errors import ConfigError, LoraError
+from app.tabs import AT_ONCE, Parts, gather, running
 from trainers import presets
+from trainers.story import ALIVE
 
-NEWEST = "the newest"
+ANSWERS = ("token", "noun", "prompt", "preset", "name", "steps", "rank", "keep_class", "settings")
 
 
 def create(session: Session, draft: Draft, parts: Parts) -> dict[str, Any]:
     c: dict[str, Any] = {}
-    with gr.Row(equal_height=False):
+    with gr.Row(equal_height=False, elem_id="train-columns"):
         with gr.Column(scale=5, min_width=320):
             gather.create(draft, parts)
-            _subject(session, c)
-        with gr.Column(scale=6, min_width=320):
-            _running(session, parts, c)
+            _subject(session.wanted.plan, c)
+            _training(session, draft, parts, c)
+            _start(session, draft, parts, c)
+        with gr.Column(scale=6, min_width=320, elem_id="train-running"):
+            parts.html(
+                "check",
+                lambda: check_html(session, draft),
+                lambda: (session.check.view, _state(session, draft)),
+            )
+            running.create(session, parts)
     _listen(session, draft, parts, c)
     return c
 
 
-def _subject(session: Session, c: dict[str, Any]) -> None:
+def _state(session: Session, draft: Draft) -> object:
+    return teaching.state_of_form(session, draft)
+
+
+def _subject(plan: Plan, c: dict[str, Any]) -> None:
     gr.Markdown("### 2 · Subject")
     with gr.Row():
         c["token"] = gr.Textbox(
-            "zxq",
+            plan.token,
             label="Its own word",
             info="Rare and meaningless, so that it can mean this",
             elem_id="train-token",
+            min_width=170,
         )
         c["noun"] = gr.Textbox(
-            "animal", label="What it is", info="One plain word: dog, woman, car", elem_id="train-noun"
+            plan.noun,
+            label="What it is",
+            info="One plain word: dog, woman, car",
+            elem_id="train-noun",
+            min_width=170,
         )
     c["prompt"] = gr.Textbox(
-        subject_prompt("zxq", "animal", session.wanted.base),
-        label="Prompt of pictures without a caption",
-        elem_id="train-prompt",
+        plan.prompt, label="Prompt of pictures without a caption", elem_id="train-prompt"
     )
+
+
+def _training(session: Session, draft: Draft, parts: Parts, c: dict[str, Any]) -> None:
+    plan = session.wanted.plan
     gr.Markdown("### 3 · Training")
     names = [name for name, _, _ in presets.list_presets()]
     c["preset"] = gr.Dropdown(
-        names, value="demo", label="Preset", info=_about("demo"), elem_id="train-preset"
+        names, value=plan.preset, label="Preset", info=_about(plan.preset), elem_id="train-preset"
     )
-    c["name"] = gr.Textbox("my-first-lora", label="Name of the LoRA", elem_id="train-name")
+    c["name"] = gr.Textbox(plan.name, label="Name of the LoRA", elem_id="train-name")
     with gr.Row():
-        c["steps"] = gr.Slider(10, 5000, value=450, step=10, label="Training steps", elem_id="train-steps")
-        c["rank"] = gr.Slider(1, 128, value=16, step=1, label="Rank", elem_id="train-rank")
+        c["steps"] = gr.Slider(
+            10, 5000, plan.steps, step=10, label="Training steps", elem_id="train-steps", min_width=250
+        )
+        c["rank"] = gr.Slider(1, 128, plan.rank, step=1, label="Rank", elem_id="train-rank", min_width=250)
     c["keep_class"] = gr.Checkbox(
-        True,
+        plan.keep_class,
         label="Keep the class as it was",
         info="Also trains on pictures of the class that the model makes itself",
         elem_id="train-class",
     )
-    c["start"] = gr.Button("Start training", variant="primary", elem_id="train-start")
+    with gr.Accordion("Every setting", open=False, elem_id="train-every"):
+        c["settings"] = gr.Textbox(
+            plan.settings,
+            label="Settings of your own",
+            info="One a line, as in a preset; they go before everything above",
+            placeholder="train.learning_rate = 5e-5\ntrain.gradient_checkpointing = true",
+            lines=3,
+            elem_id="train-settings",
+        )
+        parts.html(
+            "preset-whole",
+            lambda: preset_html(session, draft),
+            lambda: (session.wanted.plan, session.wanted.predictions),
+        )
+
+
+def _start(session: Session, draft: Draft, parts: Parts, c: dict[str, Any]) -> None:
+    """At the bottom of the window for as long as the form is in it: the next step is always in sight."""
+    with gr.Column(elem_id="train-next"):
+        parts.html("ready", lambda: ready_html(session, draft), lambda: _readiness(session, draft))
+        with gr.Row():
+            c["check"] = gr.Button("Check first", elem_id="train-check", min_width=100, scale=1)
+            c["start"] = gr.Button(
+                "Start training", variant="primary", elem_id="train-start", min_width=140, scale=2
+            )
+
+
+def _readiness(session: Session, draft: Draft) -> object:
+    view, pipe = session.training.view(), session.pipe
+    alive = view is not None and view.state in ALIVE
+    return _state(session, draft), alive, session.said_at.get("start"), pipe and pipe.base_name
 
 
 def _about(preset: str) -> str:
@@ -75,225 +125,73 @@ def _about(preset: str) -> str:
     return next(text for name, _, text in presets.list_presets() if name == preset)
 
 
-def _running(session: Session, parts: Parts, c: dict[str, Any]) -> None:
-    parts.html("train-card", lambda: training_card(session.training.view()))
-    with gr.Column(visible=False) as c["during"]:  # nothing to press before there is a training
-        _orders(c)
-
-
-def _orders(c: dict[str, Any]) -> None:
-    with gr.Row():
-        c["pause"] = gr.Button("Pause", elem_id="train-pause", size="sm", interactive=False, min_width=90)
-        c["save"] = gr.Button("Save now", elem_id="save-now", size="sm", interactive=False, min_width=90)
-        c["end"] = gr.Button(
-            "Stop and save", elem_id="train-stop", size="sm", interactive=False, min_width=110
-        )
-        c["use"] = gr.Button(
-            "Use it", elem_id="train-use", variant="primary", size="sm", interactive=False, min_width=90
-        )
-    c["step"] = gr.Dropdown(
-        [NEWEST], value=NEWEST, label="What “Use it” takes", elem_id="train-step", visible=False
-    )
-    c["plot"] = gr.LinePlot(
-        x="step",
-        y="loss",
-        color="curve",
-        label="Loss",
-        height=280,  # less cuts the legend off
-        elem_id="train-plot",
-        visible=False,
-        tooltip="none",
-    )
-    with gr.Row():
-        c["sample_prompt"] = gr.Textbox(
-            label="Sample prompt",
-            elem_id="sample-prompt",
-            placeholder="Any prompt, with the LoRA as it is now",
-            scale=4,
-        )
-        c["sample_weight"] = gr.Number(
-            1.0, label="At weight", step=0.1, elem_id="sample-weight", scale=1, min_width=90
-        )
-        c["sample"] = gr.Button(
-            "Sample now", elem_id="sample-now", size="sm", interactive=False, scale=1, min_width=110
-        )
-    with gr.Row():
-        c["new_steps"] = gr.Number(
-            label="Steps in all",
-            info="More or fewer, while it runs",
-            precision=0,
-            minimum=1,
-            elem_id="new-steps",
-            scale=4,
-        )
-        c["change_steps"] = gr.Button(
-            "Change steps", elem_id="change-steps", size="sm", interactive=False, scale=1, min_width=110
-        )
-    c["previews"] = gr.Gallery(
-        label="Previews by step",
-        columns=4,
-        object_fit="contain",
-        height="auto",
-        elem_id="train-previews",
-        interactive=False,
-        buttons=["fullscreen"],
-        visible=False,  # until there is one: Gradio's empty gallery has no name for a screen reader
-    )
-    c["sheet"] = gr.Image(
-        label="Before and after",
-        elem_id="train-sheet",
-        interactive=False,
-        visible=False,
-        buttons=["download", "fullscreen"],
-    )
-
-
 def _listen(session: Session, draft: Draft, parts: Parts, c: dict[str, Any]) -> None:
-    def words(token: str, noun: str) -> str:
-        return subject_prompt(token, noun, session.wanted.base)
+    fields = [c[name] for name in ANSWERS]
 
-    for field in (c["token"], c["noun"]):
-        field.change(  # Textbox.input hears keys alone, not what is dropped or filled in
-            words, [c["token"], c["noun"]], c["prompt"], trigger_mode="always_last", **AT_ONCE
-        )
+    def words(name: str, value: str) -> str:
+        teaching.answer(session, **{name: value})
+        return session.wanted.plan.prompt
 
-    filled = gr.State("demo")
+    for name in ("token", "noun"):  # Textbox.input hears keys alone, not what is dropped or filled in
+        c[name].change(partial(words, name), c[name], c["prompt"], trigger_mode="always_last", **AT_ONCE)
+    # not `change`: what `words` has put there would come back late, as if somebody had worded it
+    gr.on([c["prompt"].input, c["prompt"].blur], _keep(session, "prompt"), c["prompt"], None, **AT_ONCE)
+    for name in ("name", "steps", "rank", "keep_class", "settings"):
+        c[name].change(_keep(session, name), c[name], None, trigger_mode="always_last", **AT_ONCE)
 
-    def of_preset(name: str, before: str) -> Any:
+    def of_preset(name: str) -> Any:
         """The list says `input` also when the focus leaves it: numbers typed since must not be written over."""
-        if name == before:
-            return [gr.skip()] * 5
-        config = presets.load(name, ['data.images="."'])
-        return name, gr.update(info=_about(name)), config.train.steps, config.lora.rank, config.data.has_class
+        if name == session.wanted.plan.preset:
+            return [gr.skip()] * 4
+        teaching.answer(session, preset=name)
+        plan = session.wanted.plan
+        return gr.update(info=_about(name)), plan.steps, plan.rank, plan.keep_class
 
-    of = [filled, c["preset"], c["steps"], c["rank"], c["keep_class"]]
-    c["preset"].input(of_preset, [c["preset"], filled], of, **AT_ONCE)
+    of = [c["preset"], c["steps"], c["rank"], c["keep_class"]]
+    c["preset"].input(of_preset, c["preset"], of, **AT_ONCE)
 
-    answers = [c[n] for n in ("preset", "name", "noun", "prompt", "steps", "rank", "keep_class")]
+    built = session.wanted.plan
 
-    def start(
-        preset: str, name: str, noun: str, prompt: str, steps: int, rank: int, keep_class: bool
-    ) -> None:
-        plan = Plan(preset, name, noun, prompt, session.wanted.base, int(steps), int(rank), keep_class)
-        _said(session, lambda: session.train(plan, draft))
+    def refill() -> list[Any]:
+        """What differs from the page as it was put together: with another base, and when it is opened again."""
+        plan = session.wanted.plan
+        values = [
+            gr.skip() if getattr(plan, name) == getattr(built, name) else getattr(plan, name)
+            for name in ANSWERS
+            if name != "preset"
+        ]
+        return [*values, gr.update(value=plan.preset, info=_about(plan.preset))]
 
-    c["start"].click(start, answers, None, **AT_ONCE)
-    orders = session.training
-    c["pause"].click(lambda: _said(session, lambda: pause_or_go_on(session)), None, None, **AT_ONCE)
-    c["save"].click(lambda: _said(session, lambda: orders.commands().save()), None, None, **AT_ONCE)
-    c["end"].click(lambda: _said(session, lambda: orders.commands().stop()), None, None, **AT_ONCE)
-    c["sample"].click(
-        lambda prompt, weight: _said(session, lambda: sample(session, prompt, weight)),
-        [c["sample_prompt"], c["sample_weight"]],
-        None,
-        **AT_ONCE,
-    )
-    c["change_steps"].click(
-        lambda steps: _said(session, lambda: change_steps(session, steps)), c["new_steps"], None, **AT_ONCE
-    )
-    c["use"].click(
-        lambda chosen: _said(session, lambda: session.use_trained(_step(chosen))), c["step"], None, **AT_ONCE
-    )
+    in_order = [*(c[name] for name in ANSWERS if name != "preset"), c["preset"]]
+    parts.drawn("answers", lambda: session.wanted.plan.base, refill, in_order)
 
-    names = (
-        "during",
-        "pause",
-        "save",
-        "end",
-        "use",
-        "step",
-        "sample",
-        "change_steps",
-        "start",
-        "plot",
-        "previews",
-        "sheet",
-    )
+    def told(act: Callable[[Session, Draft], object], *values: Any) -> None:
+        """What stands on the page counts, also what no event has told of yet."""
+        named = {n: v for n, v in zip(ANSWERS, values, strict=True) if v is not None}
+        named |= {n: int(named[n]) for n in ("steps", "rank") if n in named}
+        with session.lock:
+            session.wanted.plan = session.wanted.plan.changed(preset=named.pop("preset")).changed(**named)
+        session.save()
+        teaching.try_at(session, "start", lambda: act(session, draft))
+
+    c["check"].click(partial(told, teaching.check), fields, None, **AT_ONCE)
+    c["start"].click(partial(told, teaching.start), fields, None, **AT_ONCE)
+
+    def pressable() -> bool:
+        view = session.training.view()
+        return view is None or view.state not in ALIVE
+
     parts.drawn(
-        "train", lambda: _mark(session.training.view()), partial(_look, session), [c[n] for n in names]
+        "start",
+        pressable,
+        lambda: [gr.update(interactive=pressable())] * 2,
+        [c["check"], c["start"]],
     )
 
 
-def _look(session: Session) -> list[Any]:
-    view = session.training.view()
-    alive = view is not None and view.state in ("starting", "running", "paused")
-    stepping = view is not None and view.state in ("running", "paused")
-    paused = view is not None and view.state == "paused"
-    points = view.losses if view else []
-    return [
-        gr.update(visible=view is not None),
-        gr.update(value="Go on" if paused else "Pause", interactive=stepping),
-        gr.update(interactive=stepping),
-        gr.update(interactive=stepping),
-        gr.update(interactive=view is not None and view.lora is not None),
-        _steps(view),
-        gr.update(interactive=stepping),
-        gr.update(interactive=stepping),
-        gr.update(interactive=not alive),
-        gr.update(value=curves(points), visible=bool(points)),
-        gr.update(value=_previews(view), visible=bool(view and view.previews)),
-        gr.update(value=str(view.sheet) if view and view.sheet else None, visible=bool(view and view.sheet)),
-    ]
+def _keep(session: Session, name: str) -> Callable[[Any], None]:
+    def keep(value: Any) -> None:
+        if value is not None:  # a cleared number field: the page keeps what was there
+            teaching.answer(session, **{name: int(value) if name in ("steps", "rank") else value})
 
-
-def _steps(view: TrainView | None) -> Any:
-    """The steps whose LoRA is on disk; one that the user has chosen stays chosen."""
-    choices = [NEWEST, *(f"step {step}" for step, _ in reversed(view.saved))] if view else [NEWEST]
-    return gr.update(choices=choices, visible=len(choices) > 2)
-
-
-def _step(chosen: str) -> int | None:
-    return None if chosen == NEWEST else int(chosen.removeprefix("step "))
-
-
-def _previews(view: TrainView | None) -> list[tuple[str, str]]:
-    return [(str(path), f"step {step}: {prompt}") for step, prompt, path in (view.previews if view else ())]
-
-
-def _mark(view: TrainView | None) -> Any:
-    """What must differ for Gradio to draw; the curve grows in tens of steps, the card above tells each."""
-    if view is None:
-        return "none"
-    return [
-        view.state,
-        str(view.run),
-        view.step // 10,
-        len(view.previews),
-        len(view.saved),
-        len(view.notes),
-        str(view.lora),
-        str(view.sheet),
-    ]
-
-
-def curves(points: Any) -> pd.DataFrame:
-    rows = [(step, raw, "raw") for step, raw, _ in points] + [
-        (step, smooth, "smoothed") for step, _, smooth in points
-    ]
-    return pd.DataFrame(rows, columns=["step", "loss", "curve"])
-
-
-def pause_or_go_on(session: Session) -> None:
-    view, commands = session.training.view(), session.training.commands()
-    if view is not None and view.state == "paused":
-        commands.unpause()
-    else:
-        commands.pause()
-
-
-def sample(session: Session, prompt: str, weight: float | None) -> None:
-    session.training.commands().sample(prompt, weight=1.0 if weight is None else float(weight))
-
-
-def change_steps(session: Session, steps: float | None) -> None:
-    if steps is None:
-        raise ConfigError("Say how many steps the training is to have in all; those that are done count.")
-    session.training.commands().steps(int(steps))
-
-
-def _said(session: Session, act: Any) -> None:
-    """An error is one sentence on the page. (Gradio's own `gr.Error` is not shown outside its queue.)"""
-    try:
-        act()
-    except LoraError as problem:
-        session.say(problem)
+    return keep

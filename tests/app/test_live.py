@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from app.live import Part, pictures_data, routes, rows_data
 from app.memory import Fade, Row
 from app.session import Session
 from lora_core.mix import AdapterWeight
+from trainers import presets
+from trainers.run_folder import RunFolder
 
 
 @dataclass
@@ -214,3 +217,24 @@ def test_pictures_are_shown_said_and_taken_out(app: App, tmp_path: Path) -> None
     app.client.post("/loom/picture", json={"name": name, "caption": "late"})
     assert not list(app.draft.folder.iterdir())
     assert app.client.post("/loom/picture", json={"name": name, "weight": 1}).status_code == 400
+
+
+def test_reports_of_runs_are_pages_and_nothing_else_of_them_is(app: App, tmp_path: Path) -> None:
+    output = json.dumps(str(tmp_path / "runs"))
+    folder = RunFolder.create(presets.load("demo", ["name=fox", f"output={output}"]))
+    assert app.client.get("/loom/report/fox").status_code == 404
+    folder.page.write_text("<h1>fox</h1>")
+    answer = app.client.get("/loom/report/fox")
+    assert (answer.text, answer.headers["content-type"]) == ("<h1>fox</h1>", "text/html; charset=utf-8")
+    for name in ("cat", "..", "fox%2Fpreset.toml", "..%2Fruns%2Ffox"):
+        assert app.client.get(f"/loom/report/{name}").status_code == 404
+    folder.page.unlink()
+    folder.page.symlink_to(folder.preset)
+    assert app.client.get("/loom/report/fox").status_code == 404
+    assert app.client.get("/loom/look").status_code == 404
+    assert app.client.post("/loom/run", json={"name": "fox", "show": True}).json() == {}
+    assert (
+        "There is no run"
+        in app.client.post("/loom/run", json={"name": "cat", "show": True}).json()["problem"]
+    )
+    assert app.client.post("/loom/run", json={"name": "fox", "remove": True}).status_code == 400

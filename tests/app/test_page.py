@@ -227,7 +227,7 @@ def test_what_cannot_be_done_is_said(chrome: Browser, app: tuple[Session, Host],
     expect(page.locator("#said")).to_contain_text("The prompt is empty", timeout=10_000)
     page.get_by_role("tab", name="Train").click()
     page.locator("#train-start").click()
-    expect(page.locator("#said")).to_contain_text("no picture to learn from", timeout=10_000)
+    expect(page.locator("#ready").get_by_role("alert")).to_contain_text("choose 4 to 20", timeout=10_000)
     assert session.training.view() is None
 
 

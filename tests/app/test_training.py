@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
+from app import teaching
 from app import training as app_training
-from app.tabs import train as tab
 from app.training import Training, TrainView
 from lora_core import read_adapter
 from lora_core.errors import ConfigError, LoraError
@@ -98,10 +98,10 @@ def test_from_start_to_lora(tmp_path: Path, preset: Path, training: Training) ->
     assert found is not None
     assert (found.state, found.step, found.losses) == ("paused", view.step, view.losses)
     page: Any = SimpleNamespace(training=later)
-    tab.sample(page, "a zxq cat", 0.5)
+    teaching.sample(page, "a zxq cat", 0.5)
     with pytest.raises(ConfigError, match="how many steps"):
-        tab.change_steps(page, None)
-    tab.change_steps(page, 30.0)
+        teaching.change_steps(page, None)
+    teaching.change_steps(page, 30.0)
     until(later, lambda v: v.steps == 30)
     view = until(later, lambda v: bool(v.previews))
     at = view.step
