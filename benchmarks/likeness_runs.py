@@ -120,9 +120,8 @@ class Judge:
         return report.figures(wanted, self._before[key], after, settings, self.live.pipeline.vae)
 
 
-def figures(setting: Setting) -> dict[str, list[Figures]]:
-    """By side, of every subject with every seed, in one order for all sides. What another call is at is left to it, and
-    waited for in the end."""
+def make(setting: Setting) -> None:
+    """What is lacking. What another call is at is left to it, and waited for in the end."""
     judge = Judge()
     setting.kept.mkdir(parents=True, exist_ok=True)
     for waits in (False, True):
@@ -130,10 +129,15 @@ def figures(setting: Setting) -> dict[str, list[Figures]]:
             lock = FileLock(setting.file(*turn).with_suffix(".lock"), timeout=-1 if waits else 0)
             with contextlib.suppress(Timeout), lock:
                 _have(setting, judge, *turn)
-    found: dict[str, list[Figures]] = {side: [] for side in SIDES}
-    for turn in _turns(setting):
-        judged = setting.file(*turn).with_suffix(".json")
-        found[turn[-1]].append(json.loads(judged.read_text(encoding="utf-8")))
+
+
+def figures(setting: Setting) -> dict[str, dict[str, Figures]]:
+    """What there is, by side, of each subject and seed."""
+    found: dict[str, dict[str, Figures]] = {side: {} for side in SIDES}
+    for subject, seed, side in _turns(setting):
+        judged = setting.file(subject, seed, side).with_suffix(".json")
+        if judged.exists():
+            found[side][f"{subject} {seed}"] = json.loads(judged.read_text(encoding="utf-8"))
     return found
 
 

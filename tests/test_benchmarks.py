@@ -97,7 +97,7 @@ def test_every_row_of_the_likeness_is_in_the_table_and_nothing_is_trained_twice(
     assert all(f"\n| {row.name} | {row.what} |" in printed for row in rows)
     written = json.loads(report.read_text(encoding="utf-8"))
     base, likes, moved = (
-        {side: found[0][f"{what} latent"] for side, found in written["figures"].items()}
+        {side: found["fox 0"][f"{what} latent"] for side, found in written["figures"].items()}
         for what in ("base", "likeness", "drift")
     )
     assert set(base.values()) == {base["ours"]}  # one judge
@@ -106,7 +106,7 @@ def test_every_row_of_the_likeness_is_in_the_table_and_nothing_is_trained_twice(
     assert len(set(likes.values())) == 3
     files = {path: path.stat().st_mtime_ns for path in kept.glob("*.safetensors")}
     assert len(files) == 3
-    assert likeness.main(arguments) == rows
+    assert likeness.main(arguments) == likeness.main([*arguments, "--so-far"]) == rows
     assert {path: path.stat().st_mtime_ns for path in kept.glob("*.safetensors")} == files
 
 
@@ -115,11 +115,11 @@ def test_likeness_is_judged_by_paired_differences() -> None:
     apart, error = likeness.difference(ours, peer)
     assert (apart, error) == pytest.approx((0.02, 0.01 / math.sqrt(3)))
     found = {
-        side: [
-            {f"{what} {space}": value for what in (*likeness.MEASURED, "base") for space in SPACES}
-            | {"obedience": 0.5}
-            for value in values
-        ]
+        side: {
+            f"fox {seed}": {"obedience": 0.5}
+            | {f"{what} {space}": value for what in (*likeness.MEASURED, "base") for space in SPACES}
+            for seed, value in enumerate(values)
+        }
         for side, values in {"ours": ours, "reference": peer, "class-free": [0.31, 0.44, 0.57]}.items()
     }
     assert [row.met for row in likeness.against_reference(found)] == [False] * 6 + [None]
@@ -128,6 +128,10 @@ def test_likeness_is_judged_by_paired_differences() -> None:
     free = list(likeness.without_class(found))
     assert free[0].ratio == pytest.approx(1.32 / 1.26)  # 4.8 % more
     assert [row.met for row in free] == [True] * 6 + [None]
+    del found["class-free"]["fox 1"]  # a run that was stopped
+    row, *_ = likeness.without_class(found)
+    assert (row.repeats, row.ours, row.peer) == (2, pytest.approx(0.44), pytest.approx(0.42))
+    assert list(likeness.without_class({side: {} for side in found})) == []
 
 
 def test_both_sides_of_the_likeness_take_the_same_steps(tmp_path: Path) -> None:
