@@ -1,6 +1,6 @@
 """What the trainer is told while it runs: by signals, and by files in the run's `control` folder.
 
-SIGINT and SIGTERM save and stop; a second one leaves at once.
+SIGINT and SIGTERM save and stop; a second one leaves at once. SIGHUP, a terminal that is closed, saves and stops.
 
     control/pause            no step is taken as long as this is there
     control/save             save the state and the LoRA now            } taken away
@@ -11,11 +11,14 @@ SIGINT and SIGTERM save and stop; a second one leaves at once.
 
 The folder is there while a process listens: it is made afresh when a run starts or resumes, so that what a killed
 process left undone is not done to the next one, and it goes with the process. `Commands` writes these files for the
-app; any program may. Nothing here imports torch.
+app; any program may, in UTF-8 or, with a byte order mark, in UTF-16, as PowerShell does. What cannot be understood is
+said, and nothing that lies there ends a training. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
+import codecs
+import fnmatch
 import json
 import os
 import secrets
@@ -24,7 +27,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import FrameType
@@ -34,6 +37,9 @@ from lora_core.safe_writes import write_atomic
 
 FOLDER = "control"
 MOST_STEPS = 10**9
+ASKING = (signal.SIGINT, signal.SIGTERM)
+HANGING_UP = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()  # Windows has none
+ORDERS, SAMPLES = ("pause", "save", "stop", "steps"), "sample-*.json"
 
 
 class StopRequest:
@@ -65,22 +71,23 @@ class StopRequest:
 
 @contextmanager
 def signals_ask(stop: StopRequest) -> Iterator[None]:
-    """While inside, the first SIGINT or SIGTERM asks `stop`; the second leaves with 130 at once."""
+    """While inside, the first SIGINT or SIGTERM asks `stop`; the second leaves with 130 at once. So does SIGHUP ask, as
+    often as it comes: a closed terminal sends it once itself and once through its shell. Under nohup it is ignored."""
     signalled = False
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal signalled
-        if (
-            signalled
-        ):  # not stop.asked: a signal that follows the page's own "stop and save" must not cut the save
+        # not stop.asked: a signal that follows the page's own "stop and save" must not cut the save
+        if signalled and number in ASKING:
             os._exit(130)
-        signalled = True
+        signalled = signalled or number in ASKING
         stop.ask()
 
     if threading.current_thread() is not threading.main_thread():
         yield  # signal handlers belong to the main thread; a caller in another one uses stop.ask()
         return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [*ASKING, *(n for n in HANGING_UP if signal.getsignal(n) is not signal.SIG_IGN)]
+    before = {number: signal.signal(number, handle) for number in heard}
     try:
         yield
     finally:
@@ -105,8 +112,8 @@ class Sample:
     def read(cls, file: Path) -> Sample:
         """Raises ConfigError: not JSON, no prompt, or a key that means nothing."""
         try:
-            table = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as problem:
+            table = json.loads(_read_text(file))
+        except (OSError, ValueError, RecursionError) as problem:
             raise ConfigError(f'it is not JSON such as {{"prompt": "a cat"}} ({problem}).') from problem
         if not isinstance(table, dict) or not isinstance(table.get("prompt"), str):
             raise ConfigError('it has no prompt: write {"prompt": "a cat"}.')
@@ -116,11 +123,19 @@ class Sample:
         return cls(**table)
 
     def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise ConfigError("There is no prompt for the sample. Say what the picture should show.")
         number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
         if not number or not -100 <= self.weight <= 100:
             raise ConfigError(
                 f"its weight is {self.weight!r}: use a number such as 0.8; 0 is the base model, 1 the LoRA as it is."
             )
+
+
+def check_steps(steps: int) -> None:
+    """Raise ConfigError for a number that no training can have."""
+    if not 1 <= steps <= MOST_STEPS:
+        raise ConfigError(f"A training has at least one step, at most {MOST_STEPS:,}, and not {steps:,}.")
 
 
 class Commands:
@@ -148,8 +163,7 @@ class Commands:
 
     def steps(self, steps: int) -> None:
         """The training is to have so many; those that are done count."""
-        if steps < 1:
-            raise ConfigError(f"A training has at least one step, and {steps} were asked for.")
+        check_steps(steps)
         self._write("steps", str(steps))
 
     def sample(
@@ -162,8 +176,6 @@ class Commands:
         guidance: float | None = None,
     ) -> None:
         """One picture with the LoRA as it is; what is left out is as in the run's previews."""
-        if not prompt.strip():
-            raise ConfigError("There is no prompt for the sample. Say what the picture should show.")
         asked = Sample(prompt, weight, seed, steps, guidance)
         wanted = {field.name: getattr(asked, field.name) for field in fields(asked)}
         text = json.dumps({key: value for key, value in wanted.items() if value is not None})
@@ -186,11 +198,12 @@ class Orders:
 
     def __init__(self, folder: Path, stop: StopRequest) -> None:
         self.folder, self.stop = folder, stop
+        self._strange: set[str] = set()  # no orders; said once
 
     @property
     def waiting(self) -> bool:
         """One look into one folder: some 10 µs."""
-        return bool(names_in(self.folder))
+        return bool(self._names())
 
     def hold(self) -> bool:
         """Whether no step is to be taken now. Stopping ends a pause."""
@@ -201,25 +214,23 @@ class Orders:
 
     def take_steps(self, refuse: Callable[[str], None]) -> int | None:
         """How many steps the training is to have; None if nobody asked. `refuse` is told of what is no number."""
+        if "steps" not in self._names():
+            return None
         file = self.folder / "steps"
         try:
-            text = file.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError):
-            return None
+            text = _read_text(file).strip()
+        except (OSError, UnicodeError) as problem:
+            text = str(problem)
         _take_away(file)
-        if text.isascii() and text.isdecimal() and 1 <= int(text) <= MOST_STEPS:
+        if text.isascii() and text.isdecimal() and 1 <= int(text[:20]) <= MOST_STEPS:
             return int(text)
-        refuse(
-            f"The number of steps was not changed: control/steps must hold one, such as 1200, not {text[:40]!r}."
-        )
+        refuse(f"The number of steps was not changed: control/steps must hold one, and not {text[:60]!r}.")
         return None
 
     def take_samples(self, refuse: Callable[[str], None]) -> list[Sample]:
         """In the order they were asked for. `refuse` is told of one that cannot be understood."""
         taken: list[Sample] = []
-        for name in sorted(
-            n for n in names_in(self.folder) if n.startswith("sample-") and n.endswith(".json")
-        ):
+        for name in sorted(fnmatch.filter(self._names(), SAMPLES)):
             file = self.folder / name
             try:
                 taken.append(Sample.read(file))
@@ -228,12 +239,22 @@ class Orders:
             _take_away(file)
         return taken
 
+    def pass_over_the_rest(self, refuse: Callable[[str], None]) -> None:
+        """What is no order is said once, and costs the steps no further look."""
+        for name in self._names():
+            if name not in ORDERS and not fnmatch.fnmatch(name, SAMPLES):
+                self._strange.add(name)
+                refuse(f"control/{name} is no order; known are {', '.join(ORDERS)}, and {SAMPLES}.")
+
+    def _names(self) -> list[str]:
+        return [name for name in names_in(self.folder) if name not in self._strange]
+
 
 def names_in(folder: Path) -> list[str]:
     """The orders that wait, by the names of their files; none where there is no folder."""
     try:
         return sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    except FileNotFoundError:  # over, or somebody tidied up: a training does not end for that
+    except OSError:  # over, or somebody tidied up: a training does not end for that
         return []
 
 
@@ -257,11 +278,22 @@ def listening(folder: Path, stop: StopRequest) -> Iterator[Orders]:
 
 
 def _take_away(file: Path) -> bool:
-    """Whether it was there."""
-    with suppress(FileNotFoundError):
+    """Whether it was there, a file or a folder of that name, and is no longer."""
+    try:
         file.unlink()
-        return True
-    return False
+    except FileNotFoundError:
+        return False
+    except OSError:
+        shutil.rmtree(file, ignore_errors=True)
+        return not file.exists()  # Windows keeps what another program has open: next time
+    return True
+
+
+def _read_text(path: Path) -> str:
+    """Raises OSError, UnicodeError."""
+    data = path.read_bytes()
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if wide else "utf-8-sig")
 
 
 def _write_text(path: Path, text: str) -> None:

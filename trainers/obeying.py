@@ -45,6 +45,7 @@ def do_now(bench: Bench, step: int, orders: Orders) -> None:
             refuse(f"The number of steps was not changed: {problem}")
     if orders.take_save():
         save_or_say(bench, step)
+    orders.pass_over_the_rest(refuse)
 
 
 def change_steps(bench: Bench, step: int, wanted: int) -> None:

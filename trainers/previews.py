@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lora_core.errors import ConfigError, SaveFailed, Stopped
+from lora_core.errors import ConfigError, LoraError, SaveFailed, Stopped
 from lora_core.generation import GenerationRequest, save_png
 from trainers.bench import Bench
 from trainers.control import Sample, StopRequest
@@ -63,13 +63,13 @@ def draw_or_say(
 ) -> None:
     try:
         draw(bench, step, wanted, stop, weight=weight)
-    except SaveFailed as problem:
-        why = f"was not saved; the training goes on. {problem}"
+    except Stopped:
+        why = "was not finished, because the training was asked to stop."
+    except LoraError as problem:  # a full disk, or a prompt that asks for a LoRA that is not there
+        why = f"was not {'saved' if isinstance(problem, SaveFailed) else 'made'}; the training goes on. {problem}"
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         why = "was not made: the device is out of memory for it. The training goes on."
-    except Stopped:
-        why = "was not finished, because the training was asked to stop."
     else:
         return
     bench.emit(Note(text=f"The preview of step {step} {why}"))
