@@ -10,6 +10,7 @@ import importlib
 import io
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from app import command_line
@@ -50,11 +51,12 @@ def main(argv: list[str] | None = None) -> int:
         if (problem.name or "").partition(".")[0] in ("app", "lora_core", "trainers"):
             raise
         return _say(f"{problem}. `python launch.py --doctor` tells what is missing or broken.", FAILED)
-    except BrokenPipeError:  # whoever read it has enough; what is left in the buffer would raise again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read it has enough
         return FAILED
     except KeyboardInterrupt:
         return _say("Interrupted. No file was left half-written.", INTERRUPTED)
+    finally:
+        _let_go()
 
 
 def on_files(command: command_line.Command, args: argparse.Namespace) -> int:
@@ -170,8 +172,18 @@ def generate(args: argparse.Namespace) -> int:
 
 
 def _say(text: str, code: int) -> int:
-    print(text, file=sys.stderr)
+    with suppress(OSError):  # of a terminal that is closed
+        print(text, file=sys.stderr)
     return code
+
+
+def _let_go() -> None:
+    """What nobody reads any more would raise again when Python ends, and make an exit code of its own."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python -m tests.kill_runs --times 50 [--seed 0] [--keep FOLDER]
 
-A small model with every layer of SD 1.5's trains with dropout, accumulation, flips, warm-up, a cosine, previews and an
-average of its weights, and saves every third step. Every process is killed at a moment drawn evenly from most of the
-time it would need, and the run is resumed, until it has finished; then the next run begins. Each time this must hold:
+A small model with every layer of SD 1.5's trains with settings of all kinds (tests.trainers.matrix), other ones in each
+run, and saves every third step. Every process is killed at a moment drawn evenly from most of the time it would need,
+and the run is resumed, until it has finished; then the next run begins. Each time this must hold:
     the run is taken up at a whole checkpoint, and nothing that was said to be saved is lost
     no half-written file is left, and no process is refused for the lock of a dead one
     the finished LoRA is bit for bit that of a run that nobody killed
@@ -30,7 +30,7 @@ import torch
 
 import launch
 from lora_core.safe_files import tensors_sha256
-from tests.trainers.runs import base_folder, config, pictures
+from tests.trainers.matrix import TOGETHER, Tables, make_place, matrix_config
 from trainers import (
     checkpoints,
     dreambooth,  # noqa: F401 - loaded here, so that no forked process has to
@@ -38,6 +38,13 @@ from trainers import (
 )
 
 STEPS, EVERY = 20, 3
+PLAIN: Tables = {
+    "lora": {"dropout": 0.1},
+    "data": {"flip": True},
+    "train": {"gradient_accumulation": 2, "ema_decay": 0.9, "schedule": "cosine", "warmup_steps": 2},
+    "preview": {"every": 5, "prompts": ["a zxq cat"], "steps": 1},
+}
+KINDS = {"plain": PLAIN, **TOGETHER}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,36 +66,38 @@ class Killing:
         self.folder, self.rng = folder, rng
         folder.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(1)
-        pictures(folder / "images", 5)
-        base = base_folder(folder / "base")
-        settings = config(
-            folder,
-            base,
-            lora={"dropout": 0.1},
-            data={"flip": True},
-            train={
-                **{"steps": STEPS, "batch_size": 1, "gradient_accumulation": 2, "ema_decay": 0.9},
-                **{"schedule": "cosine", "warmup_steps": 2},
-            },
-            save={"every": EVERY, "keep": 2},
-            preview={"every": 5, "prompts": ["a zxq cat"], "steps": 1},
-        )
-        self.preset = folder / "preset.toml"
-        self.preset.write_text(presets.dump(settings), encoding="utf-8")
+        make_place(folder)
+        for kind, tables in KINDS.items():
+            saving = {**tables, "save": {"every": EVERY, "keep": 2}}
+            settings = matrix_config(folder, folder, saving, steps=STEPS)
+            self.preset(kind).write_text(presets.dump(settings), encoding="utf-8")
+        self.undisturbed: dict[str, tuple[str, float]] = {}  # of each kind: the LoRA's digest, and seconds
+
+    def preset(self, kind: str) -> Path:
+        return self.folder / f"{kind}.toml"
+
+    def wanted(self, kind: str) -> tuple[str, float]:
+        """What nobody kills, trained when it is first asked for."""
+        if kind not in self.undisturbed:
+            name = f"undisturbed-{kind}"
+            code, usual_s = self.process(name, kind, None)
+            assert code == 0, f"the run that nobody kills failed: {self.log(name)}"
+            found = tensors_sha256(self.folder / name / "small" / "small.safetensors")
+            print(f"{name}: {STEPS} steps in {usual_s:.1f} s, {found[:12]}", flush=True)
+            self.undisturbed[kind] = found, usual_s
+        return self.undisturbed[kind]
 
     def run(self, times: int) -> int:
         began = time.monotonic()
-        code, usual_s = self.process("undisturbed", None)
-        assert code == 0, "the run that nobody kills failed"
-        wanted = tensors_sha256(self.folder / "undisturbed" / "small" / "small.safetensors")
-        print(f"undisturbed: {STEPS} steps in {usual_s:.1f} s, {wanted[:12]}", flush=True)
         killed, runs, at_step = 0, 0, []
         while killed < times:
+            kind = list(KINDS)[runs % len(KINDS)]
+            wanted, usual_s = self.wanted(kind)
             runs += 1
-            name = f"run-{runs}"
+            name = f"run-{runs}-{kind}"
             while True:
                 last = killed >= times
-                code, _ = self.process(name, None if last else self.rng.uniform(0, 0.8 * usual_s))
+                code, _ = self.process(name, kind, None if last else self.rng.uniform(0, 0.8 * usual_s))
                 if code == 0:
                     break
                 if code != -signal.SIGKILL:
@@ -99,7 +108,7 @@ class Killing:
             found = tensors_sha256(self.folder / name / "small" / "small.safetensors")
             print(f"{name}: finished, {killed} killed so far, {found[:12]}", flush=True)
             if found != wanted:
-                print(f"{name} is another LoRA than the undisturbed one.", file=sys.stderr)
+                print(f"{name} is another LoRA than undisturbed-{kind}.", file=sys.stderr)
                 return 1
         spread = ", ".join(str(step) for step in sorted(at_step))
         print(
@@ -109,13 +118,13 @@ class Killing:
         print(f"in {time.monotonic() - began:.0f} s")
         return 0
 
-    def process(self, name: str, kill_after_s: float | None) -> tuple[int, float]:
+    def process(self, name: str, kind: str, kill_after_s: float | None) -> tuple[int, float]:
         """Start or resume a run, and kill it -> how it ended as subprocess has it, and how long it took."""
         run = self.folder / name / "small"
         words = ["--train", "--resume", str(run)]
         if not (run / "preset.toml").exists():  # killed before the run had a place
             shutil.rmtree(run, ignore_errors=True)
-            words = ["--train", str(self.preset), "--set", f"output={self.folder / name}"]
+            words = ["--train", str(self.preset(kind)), "--set", f"output={self.folder / name}"]
         began = time.monotonic()
         child = os.fork()
         if child == 0:

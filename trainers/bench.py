@@ -108,9 +108,11 @@ def prepare(
     pipeline = opened.pipeline
     live = LivePipeline(pipeline, opened=opened)
     schedule = NoiseSchedule.from_scheduler(pipeline.scheduler).to(accelerator.device)
+    stop.check()
     whole, held_out = look_for(config, (find or find_pictures)(config, live, stop, emit))
     check_words_are_used(config, whole)
     dataset, held_out = narrow(whole, held_out)
+    stop.check()
     if config.train.channels_last:
         pipeline.unet.to(memory_format=torch.channels_last)
     form = attach_lora(config, live, opened)

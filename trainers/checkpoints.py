@@ -29,12 +29,15 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: optimizer steps done, the samplers' state, and what they show (trainers.unchanged), as plain
-    JSON."""
+    """Where a run stands: optimizer steps done, the samplers' state, what they show (trainers.unchanged), the preset it
+    is trained with, and what a lack of memory has changed, as plain JSON. States of earlier versions know less."""
 
     step: int
     sampler: dict[str, Any]
     shown: dict[str, str] = field(default_factory=dict)
+    preset: str = ""
+    pieces: int = 1  # in which a batch is computed: dropout draws for each piece
+    checkpointed: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,25 +118,37 @@ def load_state(path: Path, of: Trained) -> Position:
 
 def get_chance() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Every generator of the process: torch's on each kind of device as tensors, Python's and numpy's as JSON."""
+    kind, keys, *rest = np.random.get_state()
+    return get_torchs_chance(), {
+        "python": random.getstate(),
+        "numpy": [kind, np.asarray(keys).tolist(), *rest],
+    }
+
+
+def get_torchs_chance() -> dict[str, Tensor]:
+    """What a step draws from; some 20 µs, and no wait for a device."""
     tensors = {"rng.torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     if torch.backends.mps.is_available():
         tensors["rng.mps"] = torch.mps.get_rng_state()
-    kind, keys, *rest = np.random.get_state()
-    return tensors, {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]}
+    return tensors
 
 
 def set_chance(tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    set_torchs_chance(tensors)
+    version, state, gauss = facts["python"]
+    random.setstate((version, tuple(state), gauss))
+    kind, keys, *rest = facts["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+
+
+def set_torchs_chance(tensors: dict[str, Tensor]) -> None:
     torch.set_rng_state(tensors["rng.torch"])
     if torch.cuda.is_available() and "rng.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng.cuda"])
     if torch.backends.mps.is_available() and "rng.mps" in tensors:
         torch.mps.set_rng_state(tensors["rng.mps"])
-    version, state, gauss = facts["python"]
-    random.setstate((version, tuple(state), gauss))
-    kind, keys, *rest = facts["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:

@@ -70,6 +70,6 @@ def fill(
             width=settings.resolution,
             height=settings.resolution,
         )
-        for image in pipe.generate(request):
+        for image in pipe.generate(request, on_step=lambda *_: not stop.asked):
             save_png(image, folder / f"class-{image.seed:05d}.png")
         seeds = seeds[run:]

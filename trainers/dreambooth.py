@@ -19,6 +19,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ from trainers.batches import Batch
 from trainers.bench import Bench, prepare, trained_components
 from trainers.config import TrainConfig
 from trainers.control import Orders, StopRequest, listening, signals_ask
+from trainers.event_log import EventLog
 from trainers.freezing import stop_learning
 from trainers.obeying import obey
 from trainers.predicting import predict, predict_as_base
@@ -42,7 +44,15 @@ from trainers.rehearsal import Rehearsal
 from trainers.report_page import ReportPage
 from trainers.room import awake, make_room, out_of_memory
 from trainers.run_folder import RunFolder
-from trainers.saving import keep_preset, save, save_or_say, saved_for, take_up, write_file
+from trainers.saving import (
+    keep_preset,
+    once_there_is_room,
+    save,
+    save_or_say,
+    saved_for,
+    take_up,
+    write_file,
+)
 from trainers.telling import announce, report_or_say
 from trainers.tensorboard import TensorBoard, check_installed
 from trainers.validation import make_probe, measure
@@ -64,7 +74,7 @@ def train(
     folder = RunFolder.reopen(resume)[0] if resume else RunFolder.create(config)
     stop = stop or StopRequest()
     with folder.lock():
-        log = events.EventLog(folder.events, *listeners)
+        log = EventLog(folder.events, *listeners)
         if config.report.tensorboard:
             log.listeners.append(TensorBoard(folder.tensorboard))
         log.listeners.append(ReportPage(folder, config, log))
@@ -83,6 +93,9 @@ def train(
             refusal = out_of_memory(problem)
             log(events.Failed(reason=str(refusal)))
             raise refusal from problem
+        except Exception as problem:  # a mistake of ours or of a driver's
+            log(events.Failed(reason=f"{type(problem).__name__}: {problem}"))
+            raise
         finally:
             log.close()
 
@@ -131,9 +144,7 @@ def run(
 ) -> Path:
     began = time.monotonic()
     try:
-        bench = prepare_or_say(config, folder, orders.stop, emit)
-        if preflight:
-            emit(dry_run(bench, gradients))
+        bench = prepare_or_say(config, folder, orders.stop, emit, preflight=preflight)
         first = take_up(bench) if resuming else 0
         if resuming:
             keep_preset(bench)  # with what --set has changed
@@ -146,7 +157,9 @@ def run(
     finally:
         AcceleratorState._reset_state(True)  # a second run in this process may choose another precision
     config = bench.config  # its steps may have been changed
-    lora = write_file(bench, folder.lora, config.train.steps)
+    lora = once_there_is_room(
+        bench, lambda: write_file(bench, folder.lora, config.train.steps), lambda: orders.stop.asked
+    )
     adapter = read_adapter(lora)
     emit(
         events.Finished(
@@ -161,9 +174,16 @@ def run(
     return lora
 
 
-def prepare_or_say(config: TrainConfig, folder: RunFolder, stop: StopRequest, emit: events.Emit) -> Bench:
+def prepare_or_say(
+    config: TrainConfig, folder: RunFolder, stop: StopRequest, emit: events.Emit, *, preflight: bool
+) -> Bench:
     try:
-        return prepare(config, folder, stop, emit)
+        bench = prepare(config, folder, stop, emit)
+        stop.check()
+        if preflight:
+            emit(dry_run(bench, gradients))
+            stop.check()
+        return bench
     except Stopped:
         step = checkpoints.last_step(folder.checkpoints)
         emit(events.Interrupted(step=step, path="", resume=folder.resume_command))
@@ -231,18 +251,19 @@ def steps(bench: Bench, first: int, orders: Orders) -> None:
             began += obey(bench, step, orders)
         total = bench.config.train.steps
         if orders.stop.asked and step < total:
-            path = save(bench, step)
+            path = once_there_is_room(bench, partial(save, bench, step), lambda: False)
             resume = bench.folder.resume_command
             bench.emit(events.Interrupted(step=step, path=str(path), resume=resume))
             raise Stopped(f"Stopped at step {step} of {total}; saved. Go on with: {resume}")
         if save_now:
             save_or_say(bench, step)
-    save_or_say(bench, step)
+    once_there_is_room(bench, partial(save, bench, step), lambda: orders.stop.asked)
 
 
 def gradients(bench: Bench, drawn: Sequence[Sequence[Batch]]) -> list[torch.Tensor]:
     """Added up over the batches of a step -> each drawing's part of its loss, on the device. What memory has no room
     for is done again in smaller pieces: the step is the same."""
+    chance = checkpoints.get_torchs_chance()
     while True:
         try:
             return [torch.stack([backward(bench, batch) for batch in batches]).sum() for batches in drawn]
@@ -251,6 +272,7 @@ def gradients(bench: Bench, drawn: Sequence[Sequence[Batch]]) -> list[torch.Tens
                 raise
             why = str(problem)  # the exception itself holds on to the memory
         make_room(bench, max(len(batch) for batches in drawn for batch in batches), why)
+        checkpoints.set_torchs_chance(chance)
 
 
 def backward(bench: Bench, batch: Batch) -> torch.Tensor:

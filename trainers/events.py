@@ -11,8 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TextIO
 
 from tqdm import tqdm
 
@@ -228,30 +227,6 @@ class Reported(TrainEvent):
 Emit = Callable[[TrainEvent], None]
 
 
-class EventLog:
-    """Appends each event to a file at once and hands it to the listeners, in order."""
-
-    def __init__(self, path: Path, *listeners: Emit) -> None:
-        self.path, self.listeners = path, list(listeners)
-        self._broken = False
-        self._file = path.open("a", encoding="utf-8", buffering=1)
-
-    def __call__(self, event: TrainEvent) -> None:
-        try:
-            self._file.write(event.line() + "\n")
-        except OSError as problem:  # a full disk: the training matters more than its diary
-            if not self._broken:
-                self._broken = True
-                note = Note(text=f"{self.path} cannot be written ({problem.strerror}); the training goes on.")
-                for listener in self.listeners:
-                    listener(note)
-        for listener in self.listeners:
-            listener(event)
-
-    def close(self) -> None:
-        self._file.close()
-
-
 def json_lines(event: TrainEvent) -> None:
     """Each event as one line on stdout, as in events.jsonl: for programs that watch a training."""
     print(event.line(), flush=True)
@@ -262,6 +237,7 @@ class Console:
 
     def __init__(self) -> None:
         self._bar: tqdm[Any] | None = None
+        self._out: TextIO = sys.stdout
 
     def __call__(self, event: TrainEvent) -> None:
         if isinstance(event, Step):
@@ -280,7 +256,18 @@ class Console:
             if self._bar is not None and isinstance(event, Finished | Interrupted | Failed):
                 self._bar.close()
                 self._bar = None
-            tqdm.write(str(event), file=sys.stderr if isinstance(event, Failed) else sys.stdout)
+            try:
+                self._write(event, sys.stderr if isinstance(event, Failed) else self._out)
+            except OSError:  # `| head` has had enough; the bar is on stderr, and the rest now too
+                if self._out is sys.stderr:
+                    raise
+                self._out = sys.stderr
+                self._write(event, sys.stderr)
+
+    @staticmethod
+    def _write(event: TrainEvent, file: TextIO) -> None:
+        tqdm.write(str(event), file=file)
+        file.flush()  # a log is read while the training runs
 
 
 def size(count: float) -> str:

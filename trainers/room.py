@@ -34,6 +34,14 @@ def make_room(bench: Bench, pictures: int, problem: str) -> None:
     bench.emit(events.Note(text=f"The device is out of memory. From now on: {done}."))
 
 
+def take_room_as_before(bench: Bench, pieces: int, checkpointed: bool) -> None:
+    """A run that is resumed does not run out of memory a second time, and draws its dropout as it would have."""
+    bench.pieces = max(bench.pieces, pieces)
+    if checkpointed and not bench.checkpointed:
+        checkpoint_activations(bench.live)
+        bench.checkpointed = True
+
+
 def out_of_memory(problem: object) -> LoraError:
     return LoraError(f"The device is out of memory. {REMEDY} ({problem})")
 

@@ -97,11 +97,12 @@ class RunFolder:
                     break  # a start that was refused; its folder serves the next one
                 number += 1
             except OSError as problem:
-                raise SaveFailed(
-                    f"The run folder {folder.root} cannot be made: {problem}. Choose another `output`."
-                ) from problem
+                raise _no_place(folder.root, problem) from problem
         for part in (folder.checkpoints, folder.previews):
-            part.mkdir(exist_ok=True)
+            try:
+                part.mkdir(exist_ok=True)
+            except OSError as problem:
+                raise _no_place(part, problem) from problem
         folder.keep_preset(config)
         return folder
 
@@ -125,7 +126,7 @@ class RunFolder:
         try:
             with FileLock(lock, timeout=0):
                 return False
-        except Timeout:
+        except OSError:  # Timeout is one; and a lock that may not be looked at is somebody's
             return True
 
     @classmethod
@@ -151,7 +152,7 @@ class RunFolder:
     def lock(self) -> FileLock:
         """Held while training; the operating system frees it when the process dies. Raises RunBusy.
 
-        Half a second of patience: whoever asks `busy` holds it for a moment.
+        Half a second of patience: whoever asks `busy` holds it for a moment. Raises SaveFailed where none can be made.
         """
         lock = FileLock(self.root / ".lock", timeout=0.5)
         try:
@@ -160,7 +161,16 @@ class RunFolder:
             raise RunBusy(
                 f"Another process is training in {self.root}. Wait for it, or stop it first."
             ) from None
+        except OSError as problem:
+            raise _no_place(self.root, problem) from problem
         return lock
+
+
+def _no_place(folder: Path, problem: OSError) -> SaveFailed:
+    return SaveFailed(
+        f"The run folder {folder} cannot be made or written to: {problem.strerror}. Make room or see to it that it may "
+        "be written to; or choose another `output`."
+    )
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from lora_core.errors import ConfigError, NotFinite, SaveFailed
-from trainers import checkpoints, events, unchanged
+from trainers import checkpoints, events, presets, unchanged
 from trainers.bench import Bench
 from trainers.finish import write_lora
+from trainers.room import take_room_as_before
+
+AGAIN_S, POLL_S = 5.0, 0.1
+WAITING = (
+    "What was trained is not lost, but cannot be saved now: it is kept in memory, and saving is tried every few "
+    "seconds. Make room; Ctrl-C (once more, if it was pressed) leaves without it."
+)
 
 
 def take_up(bench: Bench) -> int:
@@ -24,6 +33,9 @@ def take_up(bench: Bench) -> int:
     refuse = bench.config.data.changed == "refuse"
     if found := unchanged.check(position.shown, bench.shown, refuse=refuse):
         bench.emit(events.Note(text=found))
+    if found := unchanged.settings_changed(position.preset, presets.dump(bench.config)):
+        bench.emit(events.Note(text=found))
+    take_room_as_before(bench, position.pieces, position.checkpointed)
     bench.feeder.restore(position.sampler)
     if position.step > bench.config.train.steps:
         raise ConfigError(
@@ -35,7 +47,9 @@ def take_up(bench: Bench) -> int:
 def save(bench: Bench, step: int) -> Path:
     """State to resume from, and the LoRA as it is now. Raises SaveFailed, NotFinite with nothing old lost."""
     path = checkpoints.state_path(bench.folder.checkpoints, step)
-    position = checkpoints.Position(step, bench.feeder.state(), bench.shown)
+    position = checkpoints.Position(
+        step, bench.feeder.state(), bench.shown, presets.dump(bench.config), bench.pieces, bench.checkpointed
+    )
     checkpoints.save_state(path, position, trained(bench))
     lora = write_file(bench, bench.folder.lora_at(step), step)
     checkpoints.prune(bench.folder.checkpoints, bench.config.save.keep)
@@ -61,6 +75,25 @@ def save_or_say(bench: Bench, step: int) -> None:
         save(bench, step)
     except SaveFailed as problem:
         bench.emit(events.Note(text=f"Step {step} was not saved; the training goes on. {problem}"))
+
+
+def once_there_is_room(bench: Bench, save: Callable[[], Path], give_up: Callable[[], bool]) -> Path:
+    """What would be lost with the process: where it cannot be written, that is said, and tried again until it can.
+
+    Raises SaveFailed once `give_up` says so.
+    """
+    said = False
+    while True:
+        try:
+            return save()
+        except SaveFailed as problem:
+            if not said:
+                bench.emit(events.Note(text=f"{WAITING} {problem}"))
+            said, again = True, time.monotonic() + AGAIN_S
+            while time.monotonic() < again:
+                if give_up():
+                    raise
+                time.sleep(POLL_S)
 
 
 def saved_for(bench: Bench, step: int, problem: NotFinite) -> NotFinite:

@@ -2,14 +2,16 @@
 
 An exact resume is that of the same pictures on the same base. A state knows of each picture a digest of what its
 latents are kept under (its bytes, its mask, its crop, the VAE) and of its captions, and of the base some numbers out of
-every tensor; what differs is named.
+every tensor; what differs is named, and so are the settings that do.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +63,33 @@ def check(before: Mapping[str, str], now: Mapping[str, str], *, refuse: bool) ->
             '--set data.changed="say".'
         )
     return found
+
+
+def settings_changed(before: str, now: str) -> str:
+    """Of two presets what differs, in a sentence; empty where nothing does, and for a state that knows no preset."""
+    old, new = (dict(_settings(tomllib.loads(text))) for text in (before, now))
+    if not old:
+        return ""
+    parts = [
+        f"{name} = {_spelled(new.get(name))}, before {_spelled(old.get(name))}"
+        for name in dict.fromkeys([*old, *new])
+        if old.get(name) != new.get(name)
+    ]
+    return f"Other settings than when the run was saved: {'; '.join(parts)}." if parts else ""
+
+
+def _settings(table: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        numbered = isinstance(value, list) and value and isinstance(value[0], dict)
+        inner = dict(enumerate(value)) if numbered else value
+        if isinstance(inner, dict):
+            yield from _settings({str(k): v for k, v in inner.items()}, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
+def _spelled(value: Any) -> str:
+    return "left out" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def _sampled(model: nn.Module) -> str:

@@ -10,16 +10,17 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from lora_core import read_adapter
-from lora_core.errors import SaveFailed
+from lora_core.errors import SaveFailed, Stopped
 from lora_core.safe_files import read_tensors
 from tests.trainers.runs import Recorder, base_folder, config, events_in, pictures, refusal
-from trainers import checkpoints, presets
+from trainers import checkpoints, presets, saving
 from trainers.dreambooth import train
 from trainers.events import Note, Step, TrainEvent
 
@@ -158,30 +159,69 @@ def test_a_disk_that_is_full_from_the_beginning(tmp_path: Path, base: Path) -> N
     assert presets.load(run / "preset.toml") == presets.load(preset, ["save.every=2"])
 
 
-def test_a_disk_that_fills_up_before_the_first_save(tmp_path: Path, base: Path) -> None:
-    """Every save fails: the training goes on, the end says what to do, no half file stays."""
+@pytest.mark.parametrize("room", [True, False])
+def test_a_disk_that_fills_up_before_the_first_save(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, room: bool
+) -> None:
+    """Every save fails: the training goes on, and at its end waits for room rather than lose what was learnt. Then it
+    finishes; or it is told to leave, and says what to do. No half file stays."""
+    monkeypatch.setattr(saving, "AGAIN_S", 0.1)
     pictures(tmp_path / "images", 2)
     limit, before = resource.RLIMIT_FSIZE, resource.getrlimit(resource.RLIMIT_FSIZE)
-    recorder = Recorder()
+    recorder, run = Recorder(), tmp_path / "runs" / "small"
 
     def disk(event: TrainEvent) -> None:
         if isinstance(event, Step):
             resource.setrlimit(limit, (60_000, before[1]))
+        if isinstance(event, Note) and saving.WAITING in event.text:
+            assert not list((run / "checkpoints").iterdir())
+            if room:
+                resource.setrlimit(limit, before)
+            else:
+                recorder.stop.ask()
 
+    refused = pytest.raises(SaveFailed, match=r"step-000006\.safetensors could not be saved")
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        with pytest.raises(SaveFailed, match=r"small\.safetensors"):
-            train(config(tmp_path, base, save={"every": 2}), listeners=[recorder, disk], preflight=True)
+        with nullcontext() if room else refused:
+            settings = config(tmp_path, base, save={"every": 2})
+            train(settings, stop=recorder.stop, listeners=[recorder, disk], preflight=True)
     finally:
         resource.setrlimit(limit, before)
         signal.signal(signal.SIGXFSZ, handler)
-    run = tmp_path / "runs" / "small"
     assert sorted(recorder.losses) == [1, 2, 3, 4, 5, 6]
     assert [
         e for e in recorder.seen if isinstance(e, Note) and "was not saved; the training goes on" in e.text
     ]
     assert not list(run.rglob("*.partial"))
-    assert not (run / "small.safetensors").exists()
+    assert (run / "small.safetensors").exists() == room
+    assert [step for step, _ in checkpoints.saved_steps(run / "checkpoints")] == ([6] if room else [])
+
+
+def test_a_run_that_is_stopped_waits_for_room_too(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was learnt since the last save is not thrown away because the disk is full when Ctrl-C comes."""
+    monkeypatch.setattr(saving, "AGAIN_S", 0.1)
+    pictures(tmp_path / "images", 2)
+    limit, before = resource.RLIMIT_FSIZE, resource.getrlimit(resource.RLIMIT_FSIZE)
+    recorder = Recorder(stop_at=2)
+
+    def disk(event: TrainEvent) -> None:
+        if isinstance(event, Step):
+            resource.setrlimit(limit, (60_000, before[1]))
+        if isinstance(event, Note) and saving.WAITING in event.text:
+            resource.setrlimit(limit, before)
+
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(Stopped, match="Stopped at step 2 of 6; saved"):
+            train(config(tmp_path, base), stop=recorder.stop, listeners=[recorder, disk])
+    finally:
+        resource.setrlimit(limit, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert len([e for e in recorder.seen if isinstance(e, Note) and saving.WAITING in e.text]) == 1
+    assert [step for step, _ in checkpoints.saved_steps(tmp_path / "runs/small/checkpoints")] == [2]
 
 
 def test_a_disk_full_for_a_while_costs_only_the_saves_of_that_while(tmp_path: Path, base: Path) -> None:
@@ -226,7 +266,7 @@ def test_non_finite_loss_names_step_and_picture_and_saves_nothing_broken(tmp_pat
         read_adapter(lora)  # refuses what is not finite: what is saved is the last good step
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_saves_and_resume_finishes(tmp_path: Path, base: Path, number: signal.Signals) -> None:
     pictures(tmp_path / "images", 3)
     preset = preset_file(tmp_path, base)

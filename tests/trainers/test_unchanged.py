@@ -16,7 +16,7 @@ from tests.trainers.runs import Recorder, base_folder, config, pictures
 from trainers.config import TrainConfig
 from trainers.dreambooth import train
 from trainers.events import Note
-from trainers.unchanged import compare
+from trainers.unchanged import compare, settings_changed
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,37 @@ def test_another_base(tmp_path: Path, base: Path, part: str, says: str) -> None:
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ConfigError, match=says):
         train(settings.model_copy(update={"base": str(tmp_path / "other")}), resume=run)
+
+
+def test_other_settings_are_named(tmp_path: Path, base: Path) -> None:
+    """Also after a process that had them was killed before it saved."""
+    settings, run = stopped(tmp_path, base, cached=True)
+    other = {"learning_rate": 2e-4, "steps": 5}
+    for _ in range(2):
+        recorder = Recorder()
+        changed = settings.model_copy(update={"train": settings.train.model_copy(update=other)})
+        train(changed, resume=run, listeners=[recorder])
+        (said,) = [e.text for e in recorder.seen if isinstance(e, Note) and "Other settings" in e.text]
+        assert "than when the run was saved: train.steps = 5, before 6; train.learning_rate = 0.0002" in said
+        assert "before 0.001." in said
+        assert sorted(recorder.losses) == [4, 5]
+        (run / "checkpoints" / "step-000005.safetensors").unlink()
+    recorder = Recorder()
+    train(settings, resume=run, listeners=[recorder])
+    assert not [e for e in recorder.seen if isinstance(e, Note) and "Other settings" in e.text]
+
+
+def test_settings_of_single_folders_are_named() -> None:
+    before = (
+        '[[dataset]]\nrepeats = 1\n[[dataset]]\nprompt = "ä"\n[lora]\nrank = 4\nranks = {"unet.mid" = 2}\n'
+    )
+    now = '[[dataset]]\nrepeats = 3\n[[dataset]]\nprompt = "ä"\n[lora]\nrank = 4\nalpha = 2.0\n'
+    assert settings_changed(before, before) == ""
+    assert settings_changed("", now) == ""  # a state of an earlier version
+    assert settings_changed(before, now) == (
+        "Other settings than when the run was saved: dataset.0.repeats = 3, before 1; lora.ranks.unet.mid = left out, "
+        "before 2; lora.alpha = 2.0, before left out."
+    )
 
 
 def test_nothing_changed_is_nothing_said() -> None:
