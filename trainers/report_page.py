@@ -22,6 +22,7 @@ from trainers import presets
 from trainers.config import TrainConfig
 from trainers.curves import Curve, chart
 from trainers.events import (
+    Continued,
     Emit,
     Failed,
     Finished,
@@ -39,7 +40,7 @@ from trainers.events import (
 from trainers.run_folder import RunFolder
 from trainers.story import Story
 
-WHEN = (Started, Saved, Preview, Paused, Finished, Reported, Interrupted, Failed)
+WHEN = (Started, Saved, Preview, Paused, Continued, Finished, Reported, Interrupted, Failed)
 MOST_PREVIEWS = 16  # of one prompt, spread evenly over the run
 PREVIEW_SIDE = 256
 SHEET_SIDE = 2400
@@ -210,7 +211,7 @@ def _previews(story: Story, picture: Callable[[Path, int], str]) -> str:
             if (uri := picture(path, PREVIEW_SIDE))
         )
         if cells:
-            rows.append(f'<h3>{escape(prompt)}</h3><div class="strip" tabindex="0">{cells}</div>')
+            rows.append(f'<h3 dir="auto">{escape(prompt)}</h3><div class="strip" tabindex="0">{cells}</div>')
     return _section("Previews over time", "".join(rows))
 
 
@@ -286,4 +287,4 @@ def without_folders(config: TrainConfig) -> TrainConfig:
 
 
 def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may be no Unicode

@@ -78,7 +78,7 @@ def _training(session: Session, draft: Draft, parts: Parts, c: dict[str, Any]) -
     c["name"] = gr.Textbox(plan.name, label="Name of the LoRA", elem_id="train-name")
     with gr.Row():
         c["steps"] = gr.Slider(
-            1, 5000, plan.steps, step=1, label="Training steps", elem_id="train-steps", min_width=250
+            10, 5000, plan.steps, step=10, label="Training steps", elem_id="train-steps", min_width=250
         )
         c["rank"] = gr.Slider(1, 128, plan.rank, step=1, label="Rank", elem_id="train-rank", min_width=250)
     c["keep_class"] = gr.Checkbox(
