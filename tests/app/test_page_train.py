@@ -106,7 +106,7 @@ def test_from_a_look_at_the_pictures_to_a_run_gone_on_with(
     page.locator("#train-every > button").click()
     own = page.locator("#train-settings textarea")
     own.fill("train.lerning_rate = 1e-3")
-    expect(page.locator("#preset-whole")).to_contain_text('Did you mean train.learning_rate', timeout=10_000)
+    expect(page.locator("#preset-whole")).to_contain_text("Did you mean train.learning_rate", timeout=10_000)
     expect(ready).to_contain_text("lerning_rate")
     page.locator("#train-start").click()
     expect(ready.get_by_role("alert")).to_contain_text("lerning_rate", timeout=10_000)
