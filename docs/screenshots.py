@@ -25,6 +25,8 @@ from tests.lora_core.test_pipeline import random_adapter
 HERE = Path(__file__).parent
 SIZES = {"wide": (1440, 1100), "narrow": (400, 860)}
 SCHEMES = ("light", "dark")
+# what sticks to the window's edge would stand in the middle of the whole page
+WHOLE = "#train-next, #train-running { position: static !important; max-height: none !important; }"
 TALLEST = 2400  # pixels; more of a page nobody looks at
 
 
@@ -62,7 +64,7 @@ class Camera:
             return
         for name, page in self.pages.items():
             page.wait_for_timeout(900)  # for what fades in, and the next look at what is new
-            raw = page.screenshot(full_page=True)
+            raw = page.screenshot(full_page=True, style=WHOLE)
             with Image.open(io.BytesIO(raw)) as shot:
                 kept = shot.convert("RGB").crop((0, 0, shot.width, min(shot.height, TALLEST)))
                 kept.save(self.folder / f"{scene}-{name}.webp", quality=88, method=6)
