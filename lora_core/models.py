@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_core.adapter import COMPONENTS
 from lora_core.base_files import Stored, fill
@@ -77,8 +77,21 @@ class OpenedBase:
 
     def original(self, component: str, name: str) -> Tensor:
         """One parameter by its live name, read from disk again: W0 where the live model keeps it in fewer bits."""
-        part = next(part for part in self.stored if part.component == component)
-        return part.tensor(name)
+        return self._stored(component).tensor(name)
+
+    def offload(self, component: str) -> None:
+        """The weights of a part that is as it was read leave memory (they are on the meta device) until `reload`."""
+        for module in getattr(self.pipeline, component).modules():
+            for name, p in module.named_parameters(recurse=False):
+                module.register_parameter(name, nn.Parameter(torch.empty_like(p, device="meta"), False))
+
+    def reload(self, component: str, device: torch.device) -> None:
+        """Read them from disk again, in the precision they had. FileRefused if a file has changed since."""
+        module = getattr(self.pipeline, component)
+        fill(module, self._stored(component), device=device, dtype=module.dtype)
+
+    def _stored(self, component: str) -> Stored:
+        return next(part for part in self.stored if part.component == component)
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,6 +25,7 @@ from lora_core.config import LoraConfig
 from lora_core.errors import ConfigError, LoraError, NothingMatched
 from lora_core.quantised import count_weights
 from lora_core.replication import Stack, all_standing, map_of, read_map, written
+from lora_core.small_convs import multiply_small_convs
 from lora_core.storages import Undo
 from lora_core.targets import Choice, choose
 from lora_core.targets_checked import check_plan
@@ -210,6 +211,7 @@ def attach(
         _take_back(form)
         raise
     form._undo += let_gradients_through(parts)
+    form._undo += multiply_small_convs(parts)
     for layer in form.layers:
         assert isinstance(layer, TrainableLayer)
         form._hook(layer, layer.site.layer)

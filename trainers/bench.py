@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from trainers.diffusion import NoiseSchedule
 from trainers.finish import try_spelling
 from trainers.held_out import Probe, drift_prompts, look_for
 from trainers.kept_tensors import FillReport
+from trainers.resting import give_back, rest
 from trainers.run_folder import RunFolder
 from trainers.scan import scan
 from trainers.scan_report import ScanReport, listed
@@ -65,14 +65,10 @@ class Bench:
     base_words: Words  # of the base model: called with the LoRA off
     prompts: list[str] | None  # all there can be; None: there is no end of them
     held_out: tuple[Example, ...]
+    shown: dict[str, str]  # what a state to resume from knows of the pictures and the base
     probe: Probe | None = None  # made when all else is ready
     measured: events.Measured | None = None  # the last time
     pieces: int = 1  # of each batch, one after the other: more where memory is short
-
-    @cached_property
-    def shown(self) -> dict[str, str]:
-        """What a state to resume from knows of the pictures."""
-        return shown(self.feeder, self.live.models)
 
     def averaged(self, wanted: bool) -> AbstractContextManager[None]:
         """Inside, the LoRA is its average, if that is wanted and there is one."""
@@ -125,17 +121,19 @@ def prepare(
         pictures = replace(dataset, instances=(*dataset.instances, *held_out))
         filled = cache.fill(pictures, lambda done, total: stop.check())
         say_filled("Latents", filled, emit)
-        pipeline.vae.to("cpu")
-    said, complete = prompts(whole.examples)
+    said, complete = prompts((*whole.examples, *held_out))
     of_class = {d.class_prompt or "" for d in config.datasets if d.class_from == "model"}
-    known = sorted(of_class.union(said if dataset is whole else prompts(dataset.examples)[0]))
+    met = said if dataset is whole else prompts((*dataset.examples, *held_out))[0]
+    known = sorted(of_class.union(met))
     kept = folder.cache if config.train.cache_text else None
     words = Words(live.pipeline, accelerator.device, form=form, folder=kept)
     for cut in words.cut(sorted(of_class.union(said))):
         emit(events.Note(text=str(cut)))
     base_words = Words(live.pipeline, accelerator.device, folder=folder.cache)
-    for component in words.components if drift_prompts(config) else ():
-        base_words.freeze(component)
+    if as_base := sorted({*drift_prompts(config), *of_class}):
+        with form.disabled():
+            for component in words.components:
+                base_words.freeze(component, as_base, stop.check)
     rates = {c: config.train.rate_of(c) for c in trained_components(config, live)} | config.train.rates
     groups = form.parameter_groups(rates, ratio=config.train.lora_plus_ratio)
     if form.words is not None:
@@ -171,10 +169,14 @@ def prepare(
         base_words,
         known if complete else None,
         held_out,
+        shown(feeder, live.models),
     )
     for component in words.components:
         if component not in trained_components(config, live) and not config.lora.new_tokens:
             keep_words(bench, component, stop.check)
+    if cache is not None:
+        rest(bench, "vae")
+    give_back()
     return bench
 
 
@@ -217,6 +219,8 @@ def keep_words(bench: Bench, component: str, check: Callable[[], None] = lambda:
     """The encoder is as it will stay: its prompts are encoded, and it leaves the device if these are all."""
     filled = bench.words.freeze(component, bench.prompts, check)
     say_filled(f"Prompts ({component})", filled, bench.emit)
+    if bench.prompts is not None and bench.config.train.cache_text:
+        rest(bench, component)
 
 
 def say_filled(what: str, filled: FillReport, emit: events.Emit) -> None:

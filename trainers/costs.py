@@ -20,7 +20,7 @@ from trainers.conditioning import Conditioning
 from trainers.dataset import Example
 from trainers.finish import write_lora
 from trainers.predicting import predict
-from trainers.room import awake
+from trainers.resting import awake
 from trainers.saving import trained
 
 

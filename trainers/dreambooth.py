@@ -42,7 +42,7 @@ from trainers.predicting import predict, predict_as_base
 from trainers.preflight import dry_run
 from trainers.rehearsal import Rehearsal
 from trainers.report_page import ReportPage
-from trainers.room import awake, make_room, out_of_memory
+from trainers.room import make_room, out_of_memory
 from trainers.run_folder import RunFolder
 from trainers.saving import (
     keep_preset,
@@ -169,8 +169,7 @@ def run(
             sha256=tensors_sha256(lora) if lora.is_file() else "",
         )
     )
-    with awake(bench):
-        report_or_say(bench, lora, orders.stop)
+    report_or_say(bench, lora, orders.stop)
     return lora
 
 

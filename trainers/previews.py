@@ -16,7 +16,7 @@ from lora_core.generation import GenerationRequest, save_png
 from trainers.bench import Bench
 from trainers.control import Sample, StopRequest
 from trainers.events import Note, Preview
-from trainers.room import awake
+from trainers.resting import awake
 
 
 def render(bench: Bench, step: int, stop: StopRequest) -> None:

@@ -1,7 +1,4 @@
-"""Out of memory in a step: smaller pieces of the same batch, then fewer activations kept, then a stop that says why.
-
-And what left the device to make room comes back while pictures are made.
-"""
+"""Out of memory in a step: smaller pieces of the same batch, then fewer activations kept, then a stop that says why."""
 
 from __future__ import annotations
 
@@ -44,21 +41,3 @@ def take_room_as_before(bench: Bench, pieces: int, checkpointed: bool) -> None:
 
 def out_of_memory(problem: object) -> LoraError:
     return LoraError(f"The device is out of memory. {REMEDY} ({problem})")
-
-
-class awake:
-    """What left the device to make room comes back for as long as pictures are made."""
-
-    def __init__(self, bench: Bench) -> None:
-        device = bench.device
-        resting = [bench.live.pipeline.vae, *bench.live.models.values()]
-        self._moved = [m for m in resting if m.device != device]
-        self._device = device
-
-    def __enter__(self) -> None:
-        for model in self._moved:
-            model.to(self._device)
-
-    def __exit__(self, *_: object) -> None:
-        for model in self._moved:
-            model.to("cpu")

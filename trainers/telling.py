@@ -12,6 +12,7 @@ from trainers import events
 from trainers.bench import Bench, precision
 from trainers.control import StopRequest
 from trainers.finish import write_report
+from trainers.resting import awake
 from trainers.validation import figures
 
 
@@ -37,9 +38,16 @@ def announce(bench: Bench, first: int) -> None:
 
 def report_or_say(bench: Bench, lora: Path, stop: StopRequest) -> None:
     try:
-        write_report(
-            bench.config, bench.folder, bench.live, lora, stop, bench.emit, measured=figures(bench.measured)
-        )
+        with awake(bench):
+            write_report(
+                bench.config,
+                bench.folder,
+                bench.live,
+                lora,
+                stop,
+                bench.emit,
+                measured=figures(bench.measured),
+            )
     except Stopped:
         bench.emit(events.Note(text="Stopped while the report was made. The LoRA is finished."))
         raise

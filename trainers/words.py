@@ -92,12 +92,12 @@ class Words:
     ) -> FillReport:
         """The encoder is as it will stay, with what was trained about it; it is never run with gradients again.
 
-        `known` are all prompts there can be: they are encoded now, and the encoder leaves the device; None: there is no
-        end of them, and it stays. `check()` before each. Raises NotFinite for an encoder that overflows.
+        `known` are all prompts there can be: they are encoded now, and the encoder may leave the device; None: there is
+        no end of them. `check()` before each. Raises NotFinite for an encoder that overflows.
         """
-        encoder = getattr(self._pipeline, component)
         trained = {} if self._form is None else trained_of(self._form, component)
-        self._identities[component] = f"{weights_identity(encoder)} {tensors_identity(trained)}"
+        weights = weights_identity(getattr(self._pipeline, component))
+        self._identities[component] = f"{weights} {tensors_identity(trained)}"
         report = FillReport()
         if known is None or self._folder is None:
             return report
@@ -105,7 +105,6 @@ class Words:
         for text in known:
             check()
             self._have(component, text, report)
-        encoder.to("cpu")
         return report
 
     def __call__(self, captions: Sequence[str]) -> Conditioning:

@@ -52,7 +52,10 @@ class TrainableLayer(nn.Module):
         if self.factors is None:
             assert own is not None
             return base_out + along_outputs(own, layer, base_out).to(base_out.dtype)
-        x = x.float() if x.is_floating_point() else x
+        if x.is_floating_point() and (self.dropout or not torch.is_autocast_enabled(x.device.type)):
+            x = (
+                x.float()
+            )  # autocast would bring it back into half precision: two copies, of which one is kept
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
         if self.magnitude is None:
