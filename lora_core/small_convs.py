@@ -67,8 +67,8 @@ def _sides(layer: nn.Conv2d, shape: torch.Size) -> tuple[int, int]:
 
 
 def _pads(layer: nn.Conv2d) -> tuple[int, int]:
-    height, width = layer.padding
-    return int(height), int(width)
+    assert not isinstance(layer.padding, str)  # as `_can` has seen
+    return layer.padding
 
 
 class _Multiplied(torch.autograd.Function):
