@@ -68,7 +68,8 @@ def _sides(layer: nn.Conv2d, shape: torch.Size) -> tuple[int, int]:
 
 def _pads(layer: nn.Conv2d) -> tuple[int, int]:
     assert not isinstance(layer.padding, str)  # as `_can` has seen
-    return layer.padding
+    height, width = layer.padding
+    return height, width
 
 
 class _Multiplied(torch.autograd.Function):
