@@ -204,7 +204,8 @@ def find_pictures(config: TrainConfig, live: LivePipeline, stop: StopRequest, em
     datasets = []
     for settings in config.datasets:
         sized = settings.model_copy(update={"resolution": settings.resolution or resolution})
-        folder = class_images.class_folder(sized, config.output, live.base_name)
+        assert live.opened is not None
+        folder = class_images.class_folder(sized, config.output, live.opened.path)
         if folder is not None:
             class_images.fill(folder, sized, config.preview, live, stop, emit)
         datasets.append(sized.model_copy(update={"class_images": folder}))

@@ -18,14 +18,15 @@ from trainers.folders import picture_files
 AT_ONCE = 8
 
 
-def class_folder(settings: FolderSettings, output: Path, base_name: str) -> Path | None:
-    """The folder of the preset, or one shared by all runs with this base, prompt and resolution; None without."""
+def class_folder(settings: FolderSettings, output: Path, base: Path) -> Path | None:
+    """The folder of the preset, or one shared by all runs with this base (where it lies: two may have one name), prompt
+    and resolution; None without."""
     if not settings.has_class:
         return None
     if settings.class_images is not None:
         return settings.class_images
     prompt = settings.class_prompt or ""
-    key = hashlib.sha256(f"{base_name}\n{prompt}\n{settings.resolution}".encode()).hexdigest()[:8]
+    key = hashlib.sha256(f"{base.resolve()}\n{prompt}\n{settings.resolution}".encode()).hexdigest()[:8]
     slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40]
     return output / "class" / f"{slug}-{key}"
 
