@@ -204,8 +204,7 @@ def find_pictures(config: TrainConfig, live: LivePipeline, stop: StopRequest, em
     datasets = []
     for settings in config.datasets:
         sized = settings.model_copy(update={"resolution": settings.resolution or resolution})
-        assert live.opened is not None
-        folder = class_images.class_folder(sized, config.output, live.opened.path)
+        folder = class_images.class_folder(sized, config.output, class_images.base_path(live))
         if folder is not None:
             class_images.fill(folder, sized, config.preview, live, stop, emit)
         datasets.append(sized.model_copy(update={"class_images": folder}))

@@ -31,6 +31,11 @@ def class_folder(settings: FolderSettings, output: Path, base: Path) -> Path | N
     return output / "class" / f"{slug}-{key}"
 
 
+def base_path(live: LivePipeline) -> Path:
+    assert live.opened is not None  # a training opens its base from files
+    return live.opened.path
+
+
 def fill(
     folder: Path,
     settings: FolderSettings,

@@ -59,7 +59,7 @@ class Rehearsal:
         datasets = []
         for settings in config.datasets:
             own = settings.model_copy(update={"resolution": settings.resolution or resolution})
-            folder = class_images.class_folder(own, config.output, live.base_name)
+            folder = class_images.class_folder(own, config.output, class_images.base_path(live))
             there = len(picture_files(folder)) if folder is not None else 0
             known = any(
                 (m.folder, m.settings.class_prompt) == (folder, own.class_prompt) for m in self.to_make
