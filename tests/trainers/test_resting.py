@@ -56,7 +56,7 @@ def resting(bench: Bench) -> set[str]:
         ({"cache_latents": False}, {"text_encoder"}),
         ({"cache_text": False}, {"vae"}),
     ],
-    ids=str,
+    ids=["cached", "encoder trained", "latents not kept", "prompts not kept"],
 )
 def test_only_what_no_step_asks_for_leaves_memory(
     tmp_path: Path, settings: dict[str, object], expected: set[str]
