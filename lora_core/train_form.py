@@ -210,8 +210,7 @@ def attach(
     except BaseException:
         _take_back(form)
         raise
-    form._undo += let_gradients_through(parts)
-    form._undo += multiply_small_convs(parts)
+    form._undo += [*let_gradients_through(parts), *multiply_small_convs(parts)]
     for layer in form.layers:
         assert isinstance(layer, TrainableLayer)
         form._hook(layer, layer.site.layer)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +18,7 @@ from lora_core.pipeline import LivePipeline
 from lora_core.train_form import LoraForm, attach, detach
 from lora_core.trainable.words import learn_words
 from trainers import class_images, events, optim
+from trainers.activations import checkpoint_activations
 from trainers.average import Average
 from trainers.batches import Feeder
 from trainers.caches import LatentCache
@@ -290,13 +290,3 @@ def check_words_are_used(config: TrainConfig, dataset: Dataset) -> None:
                 f'lora.new_tokens: "{word}" is in no caption of {folders}, so nothing would teach it. '
                 f'Write it there, or in data.prompt, such as "a photo of {word}".'
             )
-
-
-def checkpoint_activations(live: LivePipeline) -> None:
-    for component in live.models:
-        model: Any = live.models[component]
-        if component == "unet":
-            model.enable_gradient_checkpointing()
-        else:
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-            model.train()  # transformers checkpoints in training mode only; CLIP has no dropout that this would wake

@@ -6,7 +6,8 @@ import torch
 
 from lora_core.errors import LoraError
 from trainers import events
-from trainers.bench import Bench, checkpoint_activations
+from trainers.activations import checkpoint_activations
+from trainers.bench import Bench
 
 REMEDY = (
     "Set train.gradient_checkpointing = true, train.batch_size = 1 (and raise train.gradient_accumulation), or a lower "

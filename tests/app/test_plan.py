@@ -37,7 +37,7 @@ def test_settings_of_ones_own_are_said_last(tmp_path: Path) -> None:
     config = Plan(settings=lines).config(tmp_path)
     assert (config.train.steps, config.train.gradient_checkpointing) == (70, True)
     assert config.data.prompt == "a fox"
-    with pytest.raises(ConfigError, match="Did you mean train.learning_rate"):
+    with pytest.raises(ConfigError, match=r"Did you mean train\.learning_rate"):
         Plan(settings="train.lerning_rate = 1").config(tmp_path)
     with pytest.raises(ConfigError, match="is no setting"):
         Plan(settings="hello").config(tmp_path)

@@ -18,7 +18,7 @@ from lora_core.safe_files import read_tensors
 from tests.small_models import small_pipeline
 from tests.trainers.runs import Recorder, base_folder, config, pictures
 from tests.trainers.test_bad_input import preset_file
-from trainers import advice, dreambooth, preflight, presets
+from trainers import advice, dreambooth, preflight, presets, trial
 from trainers.batches import Batch
 from trainers.dreambooth import gradients, rehearse, train
 from trainers.events import Preflight, TrainEvent
@@ -175,8 +175,8 @@ def test_a_base_that_makes_no_numbers_is_refused(tmp_path: Path) -> None:
         rehearse(config(tmp_path, tmp_path / "base"))
 
 
-def room(**changes: int) -> preflight.Room:
-    return preflight.Room(
+def room(**changes: int) -> trial.Room:
+    return trial.Room(
         **{"device": 8 * 10**9, "used": 6 * 10**9, "swapped": 0, "memory": 32 * 10**9, **changes}
     )
 
