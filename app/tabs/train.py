@@ -77,10 +77,9 @@ def _training(session: Session, draft: Draft, parts: Parts, c: dict[str, Any]) -
     )
     c["name"] = gr.Textbox(plan.name, label="Name of the LoRA", elem_id="train-name")
     with gr.Row():
-        c["steps"] = gr.Slider(
-            10, 5000, plan.steps, step=10, label="Training steps", elem_id="train-steps", min_width=250
-        )
-        c["rank"] = gr.Slider(1, 128, plan.rank, step=1, label="Rank", elem_id="train-rank", min_width=250)
+        # not sliders: a number typed beyond a slider's end is refused without a word
+        c["steps"] = _count(plan.steps, "Training steps", "400 to 2000 for one subject", "train-steps")
+        c["rank"] = _count(plan.rank, "Rank", "How much it can learn; 4 to 64 are usual", "train-rank")
     c["keep_class"] = gr.Checkbox(
         plan.keep_class,
         label="Keep the class as it was",
@@ -101,6 +100,10 @@ def _training(session: Session, draft: Draft, parts: Parts, c: dict[str, Any]) -
             lambda: preset_html(session, draft),
             lambda: (session.wanted.plan, session.wanted.predictions),
         )
+
+
+def _count(value: int, label: str, info: str, elem_id: str) -> gr.Number:
+    return gr.Number(value, label=label, info=info, precision=0, minimum=1, elem_id=elem_id, min_width=170)
 
 
 def _start(session: Session, draft: Draft, parts: Parts, c: dict[str, Any]) -> None:
