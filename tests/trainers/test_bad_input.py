@@ -71,7 +71,7 @@ def test_misspelt_key(tmp_path: Path, base: Path) -> None:
     preset.write_text(preset.read_text().replace("learning_rate = ", "lerning_rate = ", 1))
     result = launch("--train", str(preset))
     assert result.returncode == 2
-    assert 'Did you mean train.learning_rate' in result.stderr
+    assert "Did you mean train.learning_rate" in result.stderr
     assert not (tmp_path / "runs").exists()
     assert "Traceback" not in result.stderr
 
