@@ -17,6 +17,8 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # a shell ignores it in what it starts in the background, children inherit that, and Ctrl-C is tested
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):  # and nohup ignores the end of a terminal, which is tested too
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ from trainers.dataset import Example
 from trainers.finish import write_lora
 from trainers.predicting import predict
 from trainers.resting import awake
-from trainers.saving import trained
+from trainers.saving import position_of, trained
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def trial_save(bench: Bench) -> SaveCost:
     try:
         place.mkdir()
         state = checkpoints.state_path(place, 0)
-        checkpoints.save_state(state, checkpoints.Position(0, bench.feeder.state()), trained(bench))
+        checkpoints.save_state(state, position_of(bench, 0), trained(bench))
         name = place / f"{bench.config.name}.safetensors"
         lora = write_lora(bench.config, name, bench.form, bench.opened, bench.ran(0), bench.feeder.dataset)
         return SaveCost(held(state), held(lora), time.perf_counter() - began)

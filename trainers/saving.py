@@ -47,10 +47,7 @@ def take_up(bench: Bench) -> int:
 def save(bench: Bench, step: int) -> Path:
     """State to resume from, and the LoRA as it is now. Raises SaveFailed, NotFinite with nothing old lost."""
     path = checkpoints.state_path(bench.folder.checkpoints, step)
-    position = checkpoints.Position(
-        step, bench.feeder.state(), bench.shown, presets.dump(bench.config), bench.pieces, bench.checkpointed
-    )
-    checkpoints.save_state(path, position, trained(bench))
+    checkpoints.save_state(path, position_of(bench, step), trained(bench))
     lora = write_file(bench, bench.folder.lora_at(step), step)
     checkpoints.prune(bench.folder.checkpoints, bench.config.save.keep)
     bench.emit(events.Saved(step=step, path=str(path), lora=str(lora)))
@@ -61,6 +58,13 @@ def write_file(bench: Bench, path: Path, step: int) -> Path:
     """The LoRA, or its average, in the spelling of the preset."""
     with bench.averaged(bench.config.save.ema):
         return write_lora(bench.config, path, bench.form, bench.opened, bench.ran(step), bench.feeder.dataset)
+
+
+def position_of(bench: Bench, step: int) -> checkpoints.Position:
+    """Where the run stands, and all that a resumed one must find as it was."""
+    return checkpoints.Position(
+        step, bench.feeder.state(), bench.shown, presets.dump(bench.config), bench.pieces, bench.checkpointed
+    )
 
 
 def trained(bench: Bench) -> checkpoints.Trained:
