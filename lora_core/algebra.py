@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-ROWS = 2**20  # elements of a weight taken to fp32 at a time where only sums along its rows are wanted
+# elements of a weight taken to fp32 at a time where only sums along its rows are wanted: these 2 MB stay in a cache
+ROWS = 2**19
 NEAREST = 8  # rows of a layer computed densely where it is not asked whether any must be
 CANCELLING = 1e-3  # rows with |V|^2 below this share of |W|^2 lose digits in the factored norm: see row_norms
 

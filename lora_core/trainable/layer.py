@@ -94,7 +94,8 @@ class TrainableLayer(nn.Module):
             try:
                 if where != device:
                     self.factors.to(where)  # the same parameters, for a moment elsewhere
-                norm = self.factors.row_norms(weight, self._n0)
+                with torch.autocast(where.type, enabled=False):  # in fp32, whatever the forward pass is in
+                    norm = self.factors.row_norms(weight, self._n0)
             finally:
                 if where != device:
                     self.factors.to(device)
@@ -170,11 +171,10 @@ class _Gained(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         (grad,), (base_out, gain) = grads, ctx.saved_tensors
         to_base = (grad * gain).to(base_out.dtype) if ctx.needs_input_grad[0] else None
-        wide = grad.float()
-        if gain.dim() != 1 or not (wide.is_contiguous() and base_out.is_contiguous()):
-            return to_base, (wide * base_out).sum_to_size(gain.shape), wide
+        if gain.dim() != 1 or not (grad.is_contiguous() and base_out.is_contiguous()):
+            return to_base, (grad.float() * base_out).sum_to_size(gain.shape), grad
         to_gain, tokens = torch.zeros_like(gain), max(1, algebra.ROWS // len(gain))
-        rows = (torch.split(t.view(-1, len(gain)), tokens) for t in (wide, base_out))
+        rows = (torch.split(t.view(-1, len(gain)), tokens) for t in (grad, base_out))
         for some, out in zip(*rows, strict=True):  # a product of the output's size would be fresh memory
-            to_gain += (some * out).sum(0)
-        return to_base, to_gain, wide
+            to_gain += (some.float() * out).sum(0)
+        return to_base, to_gain, grad

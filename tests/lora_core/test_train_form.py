@@ -217,3 +217,22 @@ def test_rank_and_alpha_patterns() -> None:
         for path, layer in layers
     }
     assert found == {"unet.proj": (2, 9), "unet.plain": (2, 3), "unet.conv1": (5, 3), "unet.conv2": (5, 3)}
+
+
+def test_the_norms_of_dora_are_in_fp32_whatever_the_forward_pass_is_in() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(256, 64).bfloat16()
+    form = attach(
+        {"unet": nn.ModuleDict({"to_q": layer})},
+        LoraConfig(rank=8, alpha=8, targets=("to_q",), variant="dora"),
+    )
+    (own,) = form.layers
+    factors = low_rank(own)
+    with torch.no_grad():
+        factors.up.normal_()
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(torch.randn(2, 256))
+    assert isinstance(own, TrainableLayer)
+    assert own._norm is not None
+    changed = layer.weight.double() + factors.up.double() @ factors.down.double()
+    torch.testing.assert_close(own._norm[1].double(), changed.norm(dim=1), rtol=1e-6, atol=0)
