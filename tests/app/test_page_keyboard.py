@@ -66,7 +66,7 @@ def test_the_main_path_by_keyboard_alone(tmp_path: Path) -> None:
         press(page, "Train")
         press(page, "Try the included fox")
         expect(page.locator(".thumb")).to_have_count(5, timeout=30_000)
-        tab_to(page, "number input for Training steps")
+        tab_to(page, "Training steps")
         page.keyboard.press("Control+A")
         page.keyboard.type("20")
         tab_to(page, "Keep the class as it was")
