@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -20,33 +19,12 @@ from app.page import create_ui
 from app.session import Session
 from app.training import Training
 from lora_core import LivePipeline, write_adapter
-from tests.app.page import Seen, app_at, browser, wait
+from tests.app.page import Seen, wait
 from tests.lora_core.test_pipeline import random_adapter
 from tests.small_models import small_pipeline
 
 pytestmark = pytest.mark.browser
 PROMPT = "a zxq animal on a blue background"
-
-
-@pytest.fixture(scope="module")
-def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with browser(tmp_path_factory.mktemp("chrome")) as found:
-        yield found
-
-
-@pytest.fixture
-def app(tmp_path: Path) -> Iterator[tuple[Session, Host]]:
-    with app_at(tmp_path) as found:
-        yield found
-
-
-@pytest.fixture
-def seen() -> Iterator[Seen]:
-    """Whatever a test does, the page asks nobody else for anything and no script of it fails."""
-    found = Seen()
-    yield found
-    assert found.foreign == []
-    assert found.errors == []
 
 
 def opened(chrome: Browser, host: Host, seen: Seen) -> Page:

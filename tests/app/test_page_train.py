@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,33 +15,13 @@ from playwright.sync_api import Browser, Page, expect
 from app import teaching
 from app.host import Host
 from app.session import Session
-from tests.app.page import Seen, app_at, browser, wait
+from tests.app.page import Seen, wait
 from tests.lora_core.test_prediction import hands_back_its_noise
 from tests.small_models import save_ldm_single_file, small_pipeline
 from trainers import presets
 from trainers.run_folder import RunFolder
 
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")
-def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with browser(tmp_path_factory.mktemp("chrome")) as found:
-        yield found
-
-
-@pytest.fixture
-def app(tmp_path: Path) -> Iterator[tuple[Session, Host]]:
-    with app_at(tmp_path) as found:
-        yield found
-
-
-@pytest.fixture
-def seen() -> Iterator[Seen]:
-    found = Seen()
-    yield found
-    assert found.foreign == []
-    assert found.errors == []
 
 
 def opened(chrome: Browser, host: Host, seen: Seen, *, width: int = 1440) -> Page:
