@@ -6,7 +6,7 @@
     python -m benchmarks.likeness --kept FOLDER --so-far        the table of what is there
 
 presets/demo.toml for subjects that the demo base has never seen: by our trainer, by the loop of the reference script
-with the same settings, pictures and class pictures, and by our trainer without any class pictures
+with the same beginning, settings, pictures and class pictures, and by our trainer without any class pictures
 (data.class_from = "model"). Each finished file is loaded into one pipeline and judged as the trainer's report does it:
 likeness is the distance to seven views that were not trained on, drift how far pictures of other prompts have moved, in
 thumbnails and in the VAE's latents, both the smaller the better. The differences are taken within a subject and seed;

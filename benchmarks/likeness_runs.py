@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from PIL import Image
 
 from benchmarks.train_sides import Peer
+from lora_core import attach, collect, detach, write_adapter
 from lora_core.pipeline import LivePipeline
 from lora_core.safe_files import write_atomic
 from trainers import class_images, presets, report
@@ -44,7 +46,8 @@ class Setting:
         return self.kept / f"{subject}-{seed}-{side}-{self.steps}.safetensors"
 
     def preset(self, subject: str, seed: int, side: str = "ours") -> TrainConfig:
-        """presets/demo.toml for another subject, without previews."""
+        """presets/demo.toml for another subject, without previews, from the beginning that all sides of a seed share:
+        another draw would set two trainings apart that are alike."""
         kind = things()[subject].kind
         demo = presets.load("demo").model_dump()
         pictures = DEMO / "subjects" / subject
@@ -52,6 +55,7 @@ class Setting:
         demo["name"] = f"{subject}-{seed}-{side}"
         demo["base"] = str(DEMO / "base")  # diffusers knows no "demo"
         demo["output"], demo["seed"] = self.folder / "runs", seed
+        demo["lora"]["start_from"] = self.folder / f"beginning-{seed}.safetensors"
         demo["data"] |= {"images": pictures / "train", "class_prompt": f"{words} on a white background"}
         if side == "class-free":
             demo["data"] |= {"class_from": "model", "class_count": 0}
@@ -85,6 +89,19 @@ class Judge:
             class_images.fill(
                 data.class_images, data, config.preview, self.live, StopRequest(), lambda _: None
             )
+
+    def draw_beginning(self, config: TrainConfig) -> None:
+        """The first LoRA of a seed."""
+        file, parts = config.lora.start_from, ("unet", "text_encoder")
+        if file is None or file.exists():
+            return
+        form = attach(
+            {part: self.live.models[part] for part in parts},
+            {part: config.lora.lora_config(part) for part in parts},
+            generator=torch.Generator().manual_seed(config.seed),
+        )
+        write_adapter(collect(form), file, spelling="kohya")
+        detach(form)
 
     def figures(self, config: TrainConfig, lora: Path) -> Figures:
         found = self._shown(config.report, lora)
@@ -146,6 +163,7 @@ def _have(setting: Setting, judge: Judge, subject: str, seed: int, side: str) ->
     began = time.perf_counter()
     if not lora.exists():
         judge.fill_class(config)
+        judge.draw_beginning(config)
         _copy(trained(config, side), lora)
     took, judged = time.perf_counter() - began, lora.with_suffix(".json")
     if judged.exists():

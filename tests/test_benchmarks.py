@@ -13,10 +13,9 @@ import pytest
 import torch
 
 from benchmarks import files, likeness, method, swap, train
-from benchmarks.likeness_runs import SPACES, Setting
+from benchmarks.likeness_runs import SPACES, Judge, Setting
 from benchmarks.measure import Row, fastest, figure, interleaved, operations, table
 from benchmarks.train_sides import Ours, Peer
-from lora_core import LivePipeline, attach, collect, detach, write_adapter
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -143,15 +142,7 @@ def test_both_sides_of_the_likeness_take_the_same_steps(tmp_path: Path) -> None:
     for name, picture in zip(("own", "class"), sorted(config.data.images.glob("*.png")), strict=False):
         (tmp_path / name).mkdir()
         (tmp_path / name / "0.png").write_bytes(picture.read_bytes())
-    start = tmp_path / "start.safetensors"
-    pipe = LivePipeline.open("demo")
-    form = attach(
-        {name: pipe.models[name] for name in ("unet", "text_encoder")},
-        {name: config.lora.lora_config(name) for name in ("unet", "text_encoder")},
-        generator=torch.Generator().manual_seed(1),
-    )
-    write_adapter(collect(form), start, spelling="kohya")
-    detach(form)
+    Judge().draw_beginning(config)
     data = {
         "images": tmp_path / "own",
         "class_images": tmp_path / "class",
@@ -161,7 +152,6 @@ def test_both_sides_of_the_likeness_take_the_same_steps(tmp_path: Path) -> None:
     wanted = config.model_copy(
         update={
             "data": config.data.model_copy(update={**data, "prompt": "a zxq animal"}),
-            "lora": config.lora.model_copy(update={"start_from": start}),
             "train": config.train.model_copy(
                 update={"batch_size": 1, "schedule": "constant", "warmup_steps": 0}
             ),
