@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,11 @@ from benchmarks import swap_models
 from benchmarks.measure import Row, compared, interleaved
 from benchmarks.train_sides import Ours, Peer
 from lora_core import LoraConfig, attach, collect, detach, write_adapter
+from lora_core.errors import Stopped
 from trainers.config import TrainConfig
+from trainers.control import StopRequest
+from trainers.dreambooth import train
+from trainers.events import Step, TrainEvent
 from trainers.memory import Peak
 
 RANK, ALPHA = 16, 8
@@ -173,13 +178,26 @@ def peak_alone(side: str, folder: Path) -> None:
     setting = Setting(folder=folder, **json.loads((folder / "setting.json").read_text(encoding="utf-8")))
     who, parts = side.split("-")
     wanted = config(setting, text_encoder=parts == "both")
-    trained: Ours | Peer = Ours(wanted) if who == "ours" else Peer(wanted)
-    peak = Peak(torch.device("cpu"))
+    peak = Peak(torch.device("cpu"))  # begun anew with the first step done
     if not peak.exact:
         print("unknown")
         return
-    for _ in range(ALONE):
-        trained.step()
-    height = peak.bytes()
-    trained.close()
-    print(height / 2**20)
+    if who == "peer":
+        peer = Peer(wanted)
+        peak = Peak(torch.device("cpu"))
+        for _ in range(ALONE):
+            peer.step()
+        print(peak.bytes() / 2**20)
+        return
+
+    def watch(event: TrainEvent) -> None:
+        nonlocal peak
+        if isinstance(event, Step) and event.step == 1:
+            peak = Peak(torch.device("cpu"))
+        elif isinstance(event, Step) and event.step == 1 + ALONE:
+            print(peak.bytes() / 2**20)
+            stop.ask()
+
+    stop = StopRequest()  # in the main thread, as the command trains
+    with suppress(Stopped):
+        train(wanted, stop=stop, listeners=[watch])

@@ -90,6 +90,12 @@ class OpenedBase:
         module = getattr(self.pipeline, component)
         fill(module, self._stored(component), device=device, dtype=module.dtype)
 
+    def reread(self, component: str, name: str) -> Tensor:
+        """`original`, of a base that may have been exchanged meanwhile: FileRefused if its file has changed since."""
+        stored = self._stored(component)
+        stored.check_unchanged()
+        return stored.tensor(name)
+
     def _stored(self, component: str) -> Stored:
         return next(part for part in self.stored if part.component == component)
 

@@ -2,51 +2,29 @@
 
 oneDNN brings the whole weight into an order of its own on every call. For an SD 1.5's 2560 x 1280 x 3 x 3 over the
 4 x 4 latents of a 256-pixel picture that takes four times as long as the product itself, in bf16 as in fp32, and
-another copy of the weight. While a LoRA is attached such layers multiply the weight as it lies. Nothing is kept for
-the backward pass but the weight.
+another copy of the weight. Such layers multiply the weight as it lies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_core.storages import Undo, storage_of
-
 WEIGHTS = 2**21  # fewer are in order sooner than their product is
 PIXELS = 128  # of a batch's outputs: with more, oneDNN's order pays
 
 
-def multiply_small_convs(models: Mapping[str, nn.Module]) -> list[Undo]:
-    """Let the layers of `models` that can be wide enough be called so, wherever they then see few pixels -> the way
-    back."""
-    undo: list[Undo] = []
-    for model in models.values():
-        for layer in model.modules():
-            if isinstance(layer, nn.Conv2d) and _can(layer):
-                layer.forward = partial(_call, layer)  # type: ignore[method-assign]
-                undo.append(partial(layer.__dict__.pop, "forward"))
-    return undo
-
-
-def _can(layer: nn.Conv2d) -> bool:
-    plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
-    own = storage_of(layer) is None and "forward" not in layer.__dict__ and not isinstance(layer.padding, str)
-    return plain and own and layer.kernel_size != (1, 1) and layer.weight.numel() >= WEIGHTS
-
-
-def _call(layer: nn.Conv2d, x: Tensor) -> Tensor:
+def multiplied(layer: nn.Conv2d, x: Tensor) -> Tensor | None:
+    """The frozen layer's output, or None where the library's way is the quicker."""
     weight = layer.weight
-    here = (
-        x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype and not weight.requires_grad
-    )
-    if not here or x.dim() != 4 or x.shape[0] * _outputs(layer, x) > PIXELS:
-        return type(layer).forward(layer, x)
+    plain = layer.groups == 1 and layer.dilation == (1, 1)
+    wide = layer.kernel_size != (1, 1) and weight.numel() >= WEIGHTS
+    here = x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype
+    if not (plain and wide and here) or x.shape[0] * _outputs(layer, x) > PIXELS:
+        return None
     out: Tensor = _Multiplied.apply(x, layer)  # type: ignore[no-untyped-call]
     return out
 

@@ -23,9 +23,9 @@ from lora_core.adapter import Adapter, file_path
 from lora_core.cast_training import let_gradients_through
 from lora_core.config import LoraConfig
 from lora_core.errors import ConfigError, LoraError, NothingMatched
+from lora_core.lean_layers import keep_less
 from lora_core.quantised import count_weights
 from lora_core.replication import Stack, all_standing, map_of, read_map, written
-from lora_core.small_convs import multiply_small_convs
 from lora_core.storages import Undo
 from lora_core.targets import Choice, choose
 from lora_core.targets_checked import check_plan
@@ -130,6 +130,11 @@ class LoraForm(nn.Module):
         total = sum(count_weights(model) for model in self._models.values())
         return Counts(sum(p.numel() for p in self.parameters()), total)
 
+    @property
+    def targets(self) -> set[nn.Module]:
+        """The base's layers that are changed."""
+        return {layer.site.layer for layer in self.layers if isinstance(layer, TrainableLayer)}
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Inside, the models answer as the base does."""
@@ -210,7 +215,7 @@ def attach(
     except BaseException:
         _take_back(form)
         raise
-    form._undo += [*let_gradients_through(parts), *multiply_small_convs(parts)]
+    form._undo += [*let_gradients_through(parts), *keep_less(parts, form.targets)]
     for layer in form.layers:
         assert isinstance(layer, TrainableLayer)
         form._hook(layer, layer.site.layer)

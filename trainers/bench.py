@@ -29,7 +29,7 @@ from trainers.diffusion import NoiseSchedule
 from trainers.finish import try_spelling
 from trainers.held_out import Probe, drift_prompts, look_for
 from trainers.kept_tensors import FillReport
-from trainers.resting import give_back, rest
+from trainers.resting import give_back, narrow_tables, rest
 from trainers.run_folder import RunFolder
 from trainers.scan import scan
 from trainers.scan_report import ScanReport, listed
@@ -176,6 +176,7 @@ def prepare(
             keep_words(bench, component, stop.check)
     if cache is not None:
         rest(bench, "vae")
+    narrow_tables(bench)
     give_back()
     return bench
 

@@ -84,6 +84,10 @@ class Words:
         """What of these does not fit into 77 tokens."""
         return tokenize(self._pipeline, texts).cut
 
+    def ids(self, component: str, texts: Sequence[str]) -> Tensor:
+        """(N, 77) int64, on the CPU: what the encoder is given for these."""
+        return torch.stack([self._tokens(text)[component] for text in texts])
+
     def freeze(
         self,
         component: str,
@@ -118,8 +122,7 @@ class Words:
                     torch.cat([row.hidden for row in rows]), torch.cat(pooled) if pooled else None
                 )
             else:
-                ids = torch.stack([self._tokens(text)[component] for text in captions])
-                encoder = getattr(self._pipeline, component)
+                encoder, ids = getattr(self._pipeline, component), self.ids(component, captions)
                 part = encode_alone(encoder, component, ids, both=len(self.components) > 1)
             parts.append(self._sent(part))
         return joined(parts)

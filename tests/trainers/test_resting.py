@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,6 +84,69 @@ def test_what_a_lora_is_trained_on_waits_in_memory(tmp_path: Path) -> None:
     assert resting(bench) == {"vae"}
     after = dict(bench.live.models["text_encoder"].named_parameters())
     assert all(torch.equal(before[n], p) for n, p in after.items())
+
+
+def table_of(bench: Bench) -> torch.nn.Embedding:
+    table: torch.nn.Embedding = bench.live.models["text_encoder"].get_input_embeddings()
+    return table
+
+
+def test_a_trained_encoder_keeps_the_rows_of_the_runs_words(tmp_path: Path) -> None:
+    told = {"unrelated_prompts": ["a banana"], "subject_prompts": [], "seeds": [0]}
+    wanted = TrainConfig.model_validate(
+        config(tmp_path, text_encoder_learning_rate=1e-4).model_dump() | {"report": told}
+    )
+    bench = bench_of(wanted)
+    assert bench.prompts is not None
+    asked = [*bench.prompts, "a banana"]
+    ids = bench.words.ids("text_encoder", asked)
+    assert table_of(bench).weight.shape[0] == len(ids.unique())
+    found = bench.words(asked).hidden
+    with awake(bench):
+        table = table_of(bench).weight
+        assert not table.requires_grad
+        assert len(table) == bench.live.models["text_encoder"].config.vocab_size
+        assert bench.live.verify_base()
+        assert torch.equal(bench.words(asked).hidden, found)
+        bench.words(["guitar"])
+    assert table_of(bench).weight.shape[0] == len(ids.unique())
+    assert torch.equal(bench.words(asked).hidden, found)
+    with pytest.raises(IndexError):
+        bench.words(["guitar"])  # rather than another word's row
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"train": {"text_encoder_stop": 1}},
+        {"data": {"shuffle_tags": True, "tag_dropout": 0.1, "prompt": ", ".join("abcdefghi")}},
+        {"lora": {"new_tokens": {"zxq": "fox"}}},
+    ],
+    ids=["stops", "prompts without end", "new word"],
+)
+def test_a_table_that_is_asked_for_whole_stays_so(tmp_path: Path, changed: dict[str, Any]) -> None:
+    whole = config(tmp_path, text_encoder_learning_rate=1e-4).model_dump()
+    if "data" in changed:  # without captions
+        (tmp_path / "bare").mkdir()
+        for picture in whole["data"]["images"].glob("*.png"):
+            shutil.copy(picture, tmp_path / "bare")
+        whole["data"]["images"] = tmp_path / "bare"
+    bench = bench_of(TrainConfig.model_validate(whole | {t: whole[t] | v for t, v in changed.items()}))
+    assert len(table_of(bench).weight) >= bench.live.models["text_encoder"].config.vocab_size
+
+
+def test_a_table_that_cannot_be_read_again_costs_the_pictures_and_nothing_else(tmp_path: Path) -> None:
+    wanted, seen = config(tmp_path, text_encoder_learning_rate=1e-4, steps=3), list[events.TrainEvent]()
+
+    def exchange(event: events.TrainEvent) -> None:
+        seen.append(event)
+        if isinstance(event, events.Step) and event.step == 1:
+            (tmp_path / "base/text_encoder/model.safetensors").unlink()
+
+    assert train(wanted, listeners=[exchange]).is_file()
+    assert sum(isinstance(e, events.Step) for e in seen) == 3
+    said = [e.text for e in seen if isinstance(e, events.Note)]
+    assert any("preview of step 2 was not made; the training goes on" in text for text in said), said
 
 
 def test_a_base_that_has_changed_costs_the_pictures_and_nothing_else(tmp_path: Path) -> None:
