@@ -1,8 +1,13 @@
 """Frozen layers that keep less for the backward pass than the library's, while a LoRA is attached.
 
-a convolution     nothing: its input's gradient asks for the weight alone. The library keeps the input.
-GEGLU             the projection, of which the gate's GELU is made once more. The library keeps that too, a third
-                  of what the feed-forward layers keep.
+    a convolution        nothing: its input's gradient asks for the weight alone. The library keeps the input.
+    GEGLU                its input, an eighth of the projection, which is made once more; where it is trained, the
+                         projection, and the gate alone is made once more. The library keeps one and a half of it.
+    GroupNorm and SiLU   of a residual block: the norm's input. The library keeps the SiLU's too.
+    quick GELU           of CLIP: its input. The library keeps the sigmoid too.
+
+Of an SD 1.5 with a LoRA on its attention layers that is 115 in place of 220 MB at 256 pixels in bf16, for about one
+hundredth of a step's time.
 """
 
 from __future__ import annotations
@@ -22,6 +27,8 @@ from transformers.activations import QuickGELUActivation
 from lora_core.small_convs import multiplied
 from lora_core.storages import Undo, storage_of
 
+Call = Callable[[Tensor], Tensor]
+
 
 def keep_less(models: Mapping[str, nn.Module], trained: Collection[nn.Module] = ()) -> list[Undo]:
     """Let such layers of `models` be called so -> the way back. `trained`: what a LoRA is added to the output of."""
@@ -30,24 +37,54 @@ def keep_less(models: Mapping[str, nn.Module], trained: Collection[nn.Module] = 
         for layer in model.modules():
             for part, call in _calls(layer, trained):
                 if "forward" not in part.__dict__:
-                    part.forward = partial(call, part)
+                    part.forward = call
                     undo.append(partial(part.__dict__.pop, "forward"))
     return undo
 
 
-def _calls(
-    layer: nn.Module, trained: Collection[nn.Module]
-) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
+def _calls(layer: nn.Module, trained: Collection[nn.Module]) -> Iterator[tuple[Any, Call]]:
     if isinstance(layer, nn.Conv2d) and _plain(layer):
-        yield layer, _convolve
+        yield layer, partial(_convolve, layer)
     elif type(layer) is GEGLU:
-        yield layer, _gate
+        whole = partial(_again, partial(_project_and_gate, layer))
+        yield layer, partial(_gate, layer) if layer.proj in trained else whole
     elif type(layer) is QuickGELUActivation:
-        yield layer, _quick_gelu
+        yield layer, partial(_again, partial(type(layer).forward, layer))
     elif type(layer) is ResnetBlock2D and layer.time_embedding_norm == "default":
-        inner: list[Any] = [layer.norm1, layer.norm2, layer.nonlinearity]
-        if type(layer.nonlinearity) is nn.SiLU and not any(part in trained for part in inner):
-            yield from zip(inner, (_normalise, _normalise, _activate), strict=True)
+        norms: tuple[Any, ...] = (layer.norm1, layer.norm2)
+        activation = layer.nonlinearity
+        if type(activation) is nn.SiLU and not any(part in trained for part in (*norms, activation)):
+            for norm in norms:
+                yield norm, partial(_again, partial(_normalise, norm))
+            yield activation, _activate
+
+
+def _again(call: Call, x: Tensor) -> Tensor:
+    out: Tensor = _Again.apply(x, call)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Again(torch.autograd.Function):
+    """call(x), of which the backward pass is given x alone and calls once more. torch.utils.checkpoint does as much
+    with hooks on every tensor inside, at several times the cost of so small a call."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, call: Call) -> Tensor:
+        kind = x.device.type
+        ctx.call, ctx.cast = call, (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        ctx.save_for_backward(x)
+        return call(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad(), torch.autocast(*ctx.cast):
+            leaf = x.detach().requires_grad_()
+            out = ctx.call(leaf)
+        return torch.autograd.grad(out, leaf, grads)[0], None
+
+
+# --- convolutions --------------------------------------------------------------------------------------------
 
 
 def _plain(layer: nn.Conv2d) -> bool:
@@ -80,74 +117,29 @@ class _Convolved(torch.autograd.Function):
         return back.to(ctx.dtype), None
 
 
+# --- gates, norms and activations ----------------------------------------------------------------------------
+
+
+def _project_and_gate(layer: GEGLU, x: Tensor) -> Tensor:
+    projected: Tensor = layer.proj(x)
+    return _gated(projected)
+
+
 def _gate(layer: GEGLU, x: Tensor) -> Tensor:
-    out: Tensor = _Gated.apply(layer.proj(x))  # type: ignore[no-untyped-call]
-    return out
+    return _again(_gated, layer.proj(x))
 
 
-class _Gated(torch.autograd.Function):
+def _gated(projected: Tensor) -> Tensor:
     """(..., 2·n) -> (..., n): a · gelu(b)."""
-
-    @staticmethod
-    def forward(ctx: Any, projected: Tensor) -> Tensor:
-        ctx.save_for_backward(projected)
-        kept, gate = projected.chunk(2, dim=-1)
-        return kept * F.gelu(gate)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (grad,), (projected,) = grads, ctx.saved_tensors
-        kept, gate = projected.chunk(2, dim=-1)
-        return torch.cat([grad * F.gelu(gate), torch.ops.aten.gelu_backward(grad * kept, gate)], dim=-1)
-
-
-def _quick_gelu(_: nn.Module, x: Tensor) -> Tensor:
-    out: Tensor = _QuickGelu.apply(x)  # type: ignore[no-untyped-call]
-    return out
-
-
-class _QuickGelu(torch.autograd.Function):
-    """x · sigmoid(1.702 x)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x * torch.sigmoid(1.702 * x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (grad,), (x,) = grads, ctx.saved_tensors
-        share = torch.sigmoid(1.702 * x)
-        back: Tensor = grad * share + 1.702 * torch.ops.aten.sigmoid_backward(grad * x, share)
-        return back
+    kept, gate = projected.chunk(2, dim=-1)
+    return kept * F.gelu(gate)
 
 
 def _normalise(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     """With the SiLU that follows."""
-    out: Tensor = _Normalised.apply(x, norm)  # type: ignore[no-untyped-call]
-    return out
+    return F.silu(type(norm).forward(norm, x))
 
 
-def _activate(activation: nn.SiLU, x: Tensor) -> Tensor:
+def _activate(x: Tensor) -> Tensor:
     """Of the time embedding (N, C); pictures (N, C, h, w) come out of `_normalise`."""
     return x if x.dim() == 4 else F.silu(x)
-
-
-class _Normalised(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: nn.GroupNorm) -> Tensor:
-        ctx.norm = norm
-        kind = x.device.type
-        ctx.cast = partial(
-            torch.autocast, kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind)
-        )
-        ctx.save_for_backward(x)
-        return F.silu(type(norm).forward(norm, x))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        with torch.enable_grad(), ctx.cast():
-            again = x.detach().requires_grad_()
-            out = F.silu(type(ctx.norm).forward(ctx.norm, again))
-        return torch.autograd.grad(out, again, grads)[0], None
