@@ -145,7 +145,7 @@ def dora(setting: Setting) -> Iterator[Row]:
     sides = {variant: Ours(config(setting, variant=variant)) for variant in ("dora", "lora")}
     n = setting.repeats
     times = interleaved({variant: side.step for variant, side in sides.items()}, n)
-    for side in sides.values():
+    for side in reversed(sides.values()):  # each gives the signals back as it has found them
         side.close()
     medians = [statistics.median(times[variant]) for variant in ("dora", "lora")]
     note = "second figure: ours, LoRA"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from diffusers import StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.utils import convert_state_dict_to_diffusers
 from diffusers.utils.logging import disable_progress_bar
+from greenlet import getcurrent, greenlet
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,47 +31,32 @@ Shown = tuple[Path, str]  # a picture and its words
 
 
 class Ours:
-    """`train` in a thread of its own, held after every step until the next is asked for."""
+    """`train` as a coroutine, held after every step until the next is asked for. In the thread of the other side: torch
+    keeps workers for each thread that computes, and with two lots of them on the same cores every operation waits
+    longer for its parts."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.losses: list[float] = []
-        self._stop = StopRequest()
-        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
-        self._problem: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-        self._wait()  # it is ready, and has taken its first step: what is made once is no part of a step
+        self._stop, self._asking = StopRequest(), getcurrent()
+        self._run = greenlet(self._train)
+        self._run.switch()  # it is ready, and has taken its first step: what is made once is no part of a step
 
     def step(self) -> None:
-        self._go.release()
-        self._wait()
+        self._run.switch()
 
     def close(self) -> None:
         self._stop.ask()
-        self._go.release()
-        self._thread.join()
+        self._run.switch()
 
-    def _wait(self) -> None:
-        self._done.acquire()
-        if self._problem is not None:
-            raise RuntimeError("our training ended") from self._problem
-
-    def _run(self) -> None:
-        try:
+    def _train(self) -> None:
+        with suppress(Stopped):
             train(self.config, stop=self._stop, listeners=[self._after])
-        except Stopped:
-            pass
-        except BaseException as problem:
-            self._problem = problem
-        finally:
-            self._done.release()
 
     def _after(self, event: TrainEvent) -> None:
         if isinstance(event, Step):
             self.losses.append(event.loss)
-            self._done.release()
-            self._go.acquire()
+            self._asking.switch()
 
 
 class Peer:

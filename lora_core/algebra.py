@@ -224,7 +224,7 @@ def row_norms(weight: Tensor, down: Tensor, up: Tensor, *, scale: float, n0: Ten
     a, b = flat(down), flat(up)
     n0 = row_norms_squared(weight) if n0 is None else n0
     wa = torch.cat([flat(rows) @ a.T for rows in some_rows(weight)])  # (out, r)
-    squared = n0 + 2 * scale * (wa * b).sum(1) + scale**2 * ((b @ (a @ a.T)) * b).sum(1)
+    squared = n0 + (torch.addmm(wa, b, a @ a.T, beta=2 * scale, alpha=scale**2) * b).sum(1)
 
     def dense(rows: Tensor) -> Tensor:
         return (flat(weight[rows]) + scale * (b[rows] @ a)).square().sum(1)

@@ -173,6 +173,21 @@ def along_outputs(vector: Tensor, layer: nn.Module, out: Tensor) -> Tensor:
     return vector
 
 
+def gained(out: Tensor, gain: Tensor, offset: Tensor | None, layer: nn.Module) -> Tensor:
+    """gain ⊙ out + offset for each output, gain and offset (out,), in the dtype of the layer's output `out`.
+
+    It is the affine map of a batch norm whose mean is 0 and whose variance is 1. That library call reads half precision
+    and a gain in fp32 as they are, and its backward pass sums the gain's gradient in fp32: one pass there and one back,
+    where a product of two dtypes makes a wide copy of either side first.
+    """
+    channels_second = isinstance(layer, nn.Conv2d | nn.GroupNorm)
+    flat = out if channels_second else out.reshape(-1, len(gain))
+    dtype = out.dtype if out.dtype.itemsize > 2 else torch.float32
+    gain, offset = gain.to(dtype), None if offset is None else offset.to(dtype)
+    mean, variance = torch.zeros_like(gain), torch.ones_like(gain)
+    return F.batch_norm(flat, mean, variance, gain, offset, training=False, eps=0.0).view(out.shape)
+
+
 def _plain(layer: nn.Module, out: Tensor, bias: Tensor | None) -> Tensor:
     """W x."""
     return out if bias is None else out - along_outputs(bias, layer, out)

@@ -16,7 +16,6 @@ from lora_core.config import LoraConfig
 from lora_core.deltas import Delta
 from lora_core.errors import ConfigError
 from lora_core.storages import Undo, rounded, storage_of
-from lora_core.terms import along_outputs
 from lora_core.worn import Place, original_weight, stored, weight_shape
 
 
@@ -126,12 +125,6 @@ class Factors(nn.Module, ABC):
     @abstractmethod
     def change(self, x: Tensor) -> Tensor:
         """ΔW x in the layer's own geometry, shaped like its output. `x` is fp32, or an embedding's numbers."""
-
-    def gained(self, x: Tensor, gain: Tensor, offset: Tensor | None) -> Tensor:
-        """gain ⊙ ΔW x + offset, both (out,). Kinds whose rows are cheaper to scale than their outputs do so."""
-        change = self.change(x)
-        change = along_outputs(gain, self.site.layer, change) * change
-        return change if offset is None else change + along_outputs(offset, self.site.layer, change)
 
     @abstractmethod
     def row_norms(self, weight: Tensor, n0: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,7 +11,7 @@ from lora_core.deltas import Delta
 from lora_core.deltas.bias import WithBias
 from lora_core.deltas.magnitude import WithMagnitude
 from lora_core.errors import ConfigError
-from lora_core.terms import along_outputs
+from lora_core.terms import along_outputs, gained
 from lora_core.trainable import Factors, Site, on_cpu
 from lora_core.worn import weight_shape
 
@@ -58,22 +56,17 @@ class TrainableLayer(nn.Module):
             )  # autocast would bring it back into half precision: two copies, of which one is kept
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
+        change = self.factors.change(x)
         if self.magnitude is None:
-            change = self.factors.change(x)
             if own is not None:
                 change = change + along_outputs(own, layer, base_out)
             return base_out + change.to(base_out.dtype)
-        gain = self.magnitude / self._row_norms(self.magnitude.device)
-        bias = self.site.bias()
+        gain, bias = self.magnitude / self._row_norms(self.magnitude.device), self.site.bias()
         offset: Tensor | None = own
-        if bias is not None:
-            kept = (1 - gain) * bias.to(
-                gain.device, base_out.dtype
-            )  # fp8 where the layer is cast; the magnitude scales the weight's part alone
+        if bias is not None:  # fp8 where the layer is cast; the magnitude scales the weight's part alone
+            kept = (1 - gain) * bias.to(gain.device, gain.dtype)
             offset = kept if own is None else kept + own
-        change = self.factors.gained(x, gain, offset)
-        y: Tensor = _Gained.apply(base_out, along_outputs(gain, layer, base_out), change)  # type: ignore[no-untyped-call]
-        return y
+        return gained(base_out + change.to(base_out.dtype), gain, offset, layer)
 
     @torch.no_grad()
     def follow_magnitude(self) -> None:
@@ -156,25 +149,3 @@ class TrainableLayer(nn.Module):
         """(out, 1[, 1, 1]); an embedding's outputs are the columns of its weight, (1, dim)."""
         out, *inner = self.site.shape
         return (1, out) if self.site.is_embedding else (out, *[1] * len(inner))
-
-
-class _Gained(torch.autograd.Function):
-    """y = g base + change, in one pass forward and two back: written out as products and sums it takes twice as many,
-    and on wide layers they are most of what DoRA costs."""
-
-    @staticmethod
-    def forward(ctx: Any, base_out: Tensor, gain: Tensor, change: Tensor) -> Tensor:
-        ctx.save_for_backward(base_out, gain)
-        return torch.addcmul(change, base_out, gain).to(base_out.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        (grad,), (base_out, gain) = grads, ctx.saved_tensors
-        to_base = (grad * gain).to(base_out.dtype) if ctx.needs_input_grad[0] else None
-        if gain.dim() != 1 or not (grad.is_contiguous() and base_out.is_contiguous()):
-            return to_base, (grad.float() * base_out).sum_to_size(gain.shape), grad
-        to_gain, tokens = torch.zeros_like(gain), max(1, algebra.ROWS // len(gain))
-        rows = (torch.split(t.view(-1, len(gain)), tokens) for t in (grad, base_out))
-        for some, out in zip(*rows, strict=True):  # a product of the output's size would be fresh memory
-            to_gain += (some.float() * out).sum(0)
-        return to_base, to_gain, grad

@@ -36,14 +36,10 @@ class TrainableLowRank(_DownAndUp):
     def change(self, x: Tensor) -> Tensor:
         return self._through(x, self.down, self.up)
 
-    def gained(self, x: Tensor, gain: Tensor, offset: Tensor | None) -> Tensor:
-        up = self.up * gain.reshape(-1, *[1] * (self.up.dim() - 1))
-        return self._through(x, self.down, up, offset)
-
-    def _through(self, x: Tensor, down: Tensor, up: Tensor, offset: Tensor | None = None) -> Tensor:
+    def _through(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         # scaled before `up`, where there is least to scale
         low = through(self.site.layer, x, down) * self.site.scale
-        return F.conv2d(low, up, offset) if up.dim() == 4 else F.linear(low, up, offset)
+        return F.conv2d(low, up) if up.dim() == 4 else F.linear(low, up)
 
     def collect(self) -> Delta:
         return LowRank(on_cpu(self.down), on_cpu(self.up), self.site.stored_alpha)

@@ -69,9 +69,6 @@ class TrainableResidual(TrainableLowRank):
             return self._through(F.dropout(x, rate), self.down, self.up) - taken_out
         return self._through(x, *self.difference())
 
-    def gained(self, x: Tensor, gain: Tensor, offset: Tensor | None) -> Tensor:
-        return Factors.gained(self, x, gain, offset)  # around `change`, which is more than one product
-
     def row_norms(self, weight: Tensor, n0: Tensor) -> Tensor:
         down, up = (self.down, self.up) if self.in_base else self.difference()
         return algebra.row_norms(weight, down, up, scale=self.site.scale, n0=n0)
