@@ -256,8 +256,10 @@ class Console:
             if self._bar is not None and isinstance(event, Finished | Interrupted | Failed):
                 self._bar.close()
                 self._bar = None
+            if isinstance(event, Failed):
+                return  # raised as well: the command says it, once
             try:
-                self._write(event, sys.stderr if isinstance(event, Failed) else self._out)
+                self._write(event, self._out)
             except OSError:  # `| head` has had enough; the bar is on stderr, and the rest now too
                 if self._out is sys.stderr:
                     raise

@@ -66,6 +66,18 @@ def test_empty_folder(tmp_path: Path, base: Path) -> None:
     assert ".jpg" in said
 
 
+def test_a_run_that_fails_says_why_once(tmp_path: Path, base: Path) -> None:
+    """The run's log has it for the page, the command says it."""
+    preset = preset_file(tmp_path, base)
+    (tmp_path / "images").mkdir()
+    result = launch("--train", str(preset))
+    assert result.returncode == 2
+    assert (result.stdout + result.stderr).count("holds no pictures") == 1
+    assert "holds no pictures" in result.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    assert [e["event"] for e in events_in(run)][-1] == "Failed"
+
+
 def test_misspelt_key(tmp_path: Path, base: Path) -> None:
     preset = preset_file(tmp_path, base)
     preset.write_text(preset.read_text().replace("learning_rate = ", "lerning_rate = ", 1))
