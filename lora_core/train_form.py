@@ -33,6 +33,7 @@ from lora_core.trainable import Factors, Site
 from lora_core.trainable.full import TrainableFull
 from lora_core.trainable.kinds import factors_for
 from lora_core.trainable.layer import TrainableLayer
+from lora_core.trainable.norms import group_norms
 from lora_core.unet_blocks import check_named, deciding
 
 if TYPE_CHECKING:
@@ -130,6 +131,15 @@ class LoraForm(nn.Module):
         total = sum(count_weights(model) for model in self._models.values())
         return Counts(sum(p.numel() for p in self.parameters()), total)
 
+    def of(self, component: str) -> list[TrainableLayer]:
+        """What is trained about one model."""
+        layers = zip(self.paths, self.layers, strict=True)
+        return [
+            layer
+            for path, layer in layers
+            if path.partition(".")[0] == component and isinstance(layer, TrainableLayer)
+        ]
+
     @property
     def targets(self) -> set[nn.Module]:
         """The base's layers that are changed."""
@@ -210,6 +220,7 @@ def attach(
                 site = Site(choice.layer, choice.path, config_here, generator, checkpoint, form._undo, where)
                 form.paths.append(file_path(component, choice.path))
                 form.layers.append(trainable(choice, site))
+            group_norms(form.of(component))
         if start is not None:
             _start_from(form, start)
     except BaseException:

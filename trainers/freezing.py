@@ -7,8 +7,7 @@ from trainers.bench import Bench, keep_words
 
 def stop_learning(bench: Bench, component: str) -> None:
     """Nothing about this text encoder is trained from now on. Its optimizer's state stays, for an exact resume."""
-    layers = zip(bench.form.paths, bench.form.layers, strict=True)
-    own = [p for path, layer in layers if path.split(".", 1)[0] == component for p in layer.parameters()]
+    own = [p for layer in bench.form.of(component) for p in layer.parameters()]
     if bench.form.words is not None:
         rows = bench.form.words.rows.items()
         own += [p for name, p in rows if name.split(":", 1)[0] == component]

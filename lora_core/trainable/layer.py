@@ -13,6 +13,7 @@ from lora_core.deltas.magnitude import WithMagnitude
 from lora_core.errors import ConfigError
 from lora_core.terms import along_outputs, gained
 from lora_core.trainable import Factors, Site, on_cpu
+from lora_core.trainable.norms import norms_together
 from lora_core.worn import weight_shape
 
 
@@ -36,7 +37,8 @@ class TrainableLayer(nn.Module):
         self.factors = factors
         self.dropout = site.config.dropout if factors is not None and factors.drops_out else 0.0
         self._n0: Tensor | None = None
-        self._norm: tuple[tuple[int, ...], Tensor] | None = None
+        self.norm: tuple[tuple[int, ...], Tensor] | None = None
+        self.alike: list[TrainableLayer] = []  # whose norms are computed together, this one's among them
         self.magnitude = self.bias = None
         if magnitude:
             self.magnitude = nn.Parameter(self._row_norms(site.device).clone())
@@ -76,24 +78,43 @@ class TrainableLayer(nn.Module):
 
     @torch.no_grad()
     def _row_norms(self, device: torch.device) -> Tensor:
-        """|W + ΔW| per output, recomputed only after an optimizer step has touched the factors."""
+        """|W + ΔW| per output, recomputed only after an optimizer step has touched the factors; with those of the
+        layers that are alike, if these are as stale."""
+        if not self.has_norm(device):
+            together = [layer for layer in self.alike if not layer.has_norm(device)]
+            if len(together) > 1:
+                norms_together(together, device)
+            else:
+                self._norm_alone(device)
+        assert self.norm is not None
+        return self.norm[1]
+
+    def versions(self) -> tuple[int, ...]:
         assert self.factors is not None
-        versions = tuple(p._version for p in self.factors.parameters())
-        if self._norm is None or self._norm[0] != versions or self._norm[1].device != device:
-            where = self.site.norm_device or device
-            weight = self.site.original().to(where)
-            if self._n0 is None or self._n0.device != where:
-                self._n0 = algebra.row_norms_squared(weight)
-            try:
-                if where != device:
-                    self.factors.to(where)  # the same parameters, for a moment elsewhere
-                with torch.autocast(where.type, enabled=False):  # in fp32, whatever the forward pass is in
-                    norm = self.factors.row_norms(weight, self._n0)
-            finally:
-                if where != device:
-                    self.factors.to(device)
-            self._norm = (versions, norm.to(device))
-        return self._norm[1]
+        return tuple(p._version for p in self.factors.parameters())
+
+    def has_norm(self, device: torch.device) -> bool:
+        return self.norm is not None and self.norm[0] == self.versions() and self.norm[1].device == device
+
+    def squared_of(self, weight: Tensor) -> Tensor:
+        """rowsum(W²), which stays."""
+        if self._n0 is None or self._n0.device != weight.device:
+            self._n0 = algebra.row_norms_squared(weight)
+        return self._n0
+
+    def _norm_alone(self, device: torch.device) -> None:
+        assert self.factors is not None
+        where = self.site.norm_device or device
+        weight = self.site.original().to(where)
+        try:
+            if where != device:
+                self.factors.to(where)  # the same parameters, for a moment elsewhere
+            with torch.autocast(where.type, enabled=False):  # in fp32, whatever the forward pass is in
+                norm = self.factors.row_norms(weight, self.squared_of(weight))
+        finally:
+            if where != device:
+                self.factors.to(device)
+        self.norm = (self.versions(), norm.to(device))
 
     def collect(self) -> Delta:
         delta = None if self.factors is None else self.factors.collect()
