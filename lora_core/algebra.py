@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+Many = Sequence[Tensor]
 # elements of a weight taken to fp32 at a time where only sums along its rows are wanted: these 2 MB stay in a cache
 ROWS = 2**19
 NEAREST = 8  # rows of a layer computed densely where it is not asked whether any must be
@@ -221,42 +222,39 @@ def row_norms(weight: Tensor, down: Tensor, up: Tensor, *, scale: float, n0: Ten
     return row_norms_together([weight], [down], [up], scale=scale, n0=n0[None])[0]
 
 
-def row_norms_together(
-    weights: Sequence[Tensor], downs: Sequence[Tensor], ups: Sequence[Tensor], *, scale: float, n0: Tensor
-) -> Tensor:
+def row_norms_together(weights: Many, downs: Many, ups: Many, *, scale: float, n0: Tensor) -> Tensor:
     """|V| per output row of L layers of one shape, (L, out), without forming V (out x in); `n0` (L, out).
 
     |V|^2 = n0 + 2 s rowsum((W A^T) * B) + s^2 rowsum((B (A A^T)) * B). Relative error <= 2.5e-7 for ordinary
     rows; where V nearly cancels W (|V|^2 < 1e-3 n0) the terms cancel too, and those rows are computed densely.
     """
     a, b = torch.stack([flat(down) for down in downs]), torch.stack([flat(up) for up in ups])
-    wa = torch.stack(
-        [torch.cat([flat(rows) @ at for rows in some_rows(w)]) for w, at in zip(weights, a.mT, strict=True)]
-    )  # (L, out, r)
+    products = ([flat(rows) @ at for rows in some_rows(w)] for w, at in zip(weights, a.mT, strict=True))
+    wa = torch.stack([torch.cat(parts) for parts in products])  # (L, out, r)
     squared = n0 + (torch.baddbmm(wa, b, a @ a.mT, beta=2 * scale, alpha=scale**2) * b).sum(2)
-    on_cpu = squared.device.type == "cpu"
-    found = (squared < CANCELLING * n0).any(1).nonzero().flatten().tolist() if on_cpu else range(len(b))
-    for layer in found:
 
-        def dense(rows: Tensor, layer: int = layer) -> Tensor:
-            return (flat(weights[layer][rows]) + scale * (b[layer, rows] @ a[layer])).square().sum(1)
+    def dense(layer: int, rows: Tensor) -> Tensor:
+        return (flat(weights[layer][rows]) + scale * (b[layer, rows] @ a[layer])).square().sum(1)
 
-        squared[layer] = _with_dense(squared[layer], n0[layer], dense)
-    return squared.sqrt()
+    return _with_dense(squared, n0, dense).sqrt()
 
 
-def _with_dense(squared: Tensor, n0: Tensor, dense: Callable[[Tensor], Tensor]) -> Tensor:
-    """`squared` with `dense(row numbers)` where its terms cancel. Whether any do is free to ask on a CPU; a GPU would
-    have to be waited for at every layer of every step, so there the NEAREST to it are always computed."""
-    if squared.device.type == "cpu":
-        rows = (squared < CANCELLING * n0).nonzero().flatten()
-        return squared.index_copy(0, rows, dense(rows)) if len(rows) else squared
-    return _with_nearest_dense(squared, n0, dense)
+def _with_dense(squared: Tensor, n0: Tensor, dense: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """`squared` (L, out) with `dense(layer, row numbers)` where its terms cancel. Whether any do is free to ask on a
+    CPU; a GPU would be waited for in every step, so there the NEAREST to it of each layer are always computed."""
+    if squared.device.type != "cpu":
+        return _with_nearest_dense(squared, n0, dense)
+    layers, rows = (squared < CANCELLING * n0).nonzero(as_tuple=True)
+    for layer in set(layers.tolist()) if len(layers) else ():
+        some = rows[layers == layer]
+        squared[layer, some] = dense(layer, some)
+    return squared
 
 
-def _with_nearest_dense(squared: Tensor, n0: Tensor, dense: Callable[[Tensor], Tensor]) -> Tensor:
-    rows = (squared / n0).topk(min(NEAREST, len(squared)), largest=False).indices
-    return squared.index_copy(0, rows, dense(rows)).maximum(1e-9 * n0)
+def _with_nearest_dense(squared: Tensor, n0: Tensor, dense: Callable[[int, Tensor], Tensor]) -> Tensor:
+    rows = (squared / n0).topk(min(NEAREST, squared.shape[1]), largest=False).indices  # (L, NEAREST)
+    found = torch.stack([dense(layer, some) for layer, some in enumerate(rows)])
+    return squared.scatter(1, rows, found).maximum(1e-9 * n0)
 
 
 def kronecker_row_norms(weight: Tensor, left: Tensor, right: Tensor, *, n0: Tensor) -> Tensor:
@@ -270,11 +268,11 @@ def kronecker_row_norms(weight: Tensor, left: Tensor, right: Tensor, *, n0: Tens
     squared = n0 + (2 * cross + product).flatten()
     whole = d.reshape(out2, d.shape[1], -1)  # (out2, in2, k·k)
 
-    def dense(rows: Tensor) -> Tensor:
+    def dense(_: int, rows: Tensor) -> Tensor:
         i, j = rows // out2, rows % out2
         return (w[i, j] + c[i][:, :, None, None] * whole[j][:, None]).square().flatten(1).sum(1)
 
-    return _with_dense(squared, n0, dense).sqrt()
+    return _with_dense(squared[None], n0[None], dense)[0].sqrt()
 
 
 def magnitude_axis(magnitude: Tensor, weight_shape: torch.Size) -> int:

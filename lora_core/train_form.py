@@ -34,7 +34,7 @@ from lora_core.trainable.full import TrainableFull
 from lora_core.trainable.kinds import factors_for
 from lora_core.trainable.layer import TrainableLayer
 from lora_core.trainable.norms import group_norms
-from lora_core.unet_blocks import check_named, deciding
+from lora_core.trainable.rates import fast_names, rate_key
 
 if TYPE_CHECKING:
     from lora_core.trainable.words import TrainableWords
@@ -54,27 +54,6 @@ class Counts:
 
     def __str__(self) -> str:
         return f"{self.trained:,} trained of {self.trained + self.base:,} parameters ({self.share:.2%})"
-
-
-def fast_names(layer: TrainableLayer) -> tuple[str, ...]:
-    """LoRA+'s: which of the layer's parameters are B, or a vector."""
-    own = () if layer.factors is None else layer.factors.fast
-    if own is None:
-        raise ConfigError(
-            f'{layer.site.path}: a ratio of learning rates (LoRA+) is about B, which kind = "{layer.site.config.kind}" '
-            'has not. Set ratio = 1, or kind = "lora".'
-        )
-    vectors = (name for name, p in layer.named_parameters() if p.dim() == 1)
-    return (*(f"factors.{name}" for name in own), *vectors)
-
-
-def rate_key(rates: Mapping[str, float], path: str) -> str:
-    """Which entry of `rates` decides for the layer of an adapter path: the longest block of it, else the component."""
-    component, _, inside = path.partition(".")
-    blocks = {key.partition(".")[2] for key in rates if key.startswith(component + ".")}
-    check_named(blocks)
-    block = deciding(blocks, inside)
-    return component if block is None else f"{component}.{block}"
 
 
 class LoraForm(nn.Module):
@@ -134,11 +113,8 @@ class LoraForm(nn.Module):
     def of(self, component: str) -> list[TrainableLayer]:
         """What is trained about one model."""
         layers = zip(self.paths, self.layers, strict=True)
-        return [
-            layer
-            for path, layer in layers
-            if path.partition(".")[0] == component and isinstance(layer, TrainableLayer)
-        ]
+        own = (layer for path, layer in layers if path.partition(".")[0] == component)
+        return [layer for layer in own if isinstance(layer, TrainableLayer)]
 
     @property
     def targets(self) -> set[nn.Module]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 
 from lora_core.errors import LoraError
 from trainers import events
 from trainers.activations import checkpoint_activations
 from trainers.bench import Bench
+from trainers.resting import give_back
 
 REMEDY = (
     "Set train.gradient_checkpointing = true, train.batch_size = 1 (and raise train.gradient_accumulation), or a lower "
@@ -18,6 +21,8 @@ REMEDY = (
 def make_room(bench: Bench, pictures: int, problem: str) -> None:
     """Take the next measure for batches of so many pictures, and say it. Raises LoraError when there is none left."""
     bench.optimizer.zero_grad(set_to_none=True)
+    gc.collect()  # what the step that failed has left behind
+    give_back()
     torch.cuda.empty_cache()
     if bench.pieces < pictures:
         bench.pieces = min(2 * bench.pieces, pictures)

@@ -397,7 +397,8 @@ def test_smaller_siblings_of_sdxl_are_opened_as_they_are(name: str, tmp_path: Pa
     assert (base.family.key, base.unused) == ("sdxl", ())
     assert_same_weights(base.pipeline, pipe)
     assert_proved(base)
-    assert torch.equal(picture(base.pipeline), picture(pipe))
+    # some CPUs' kernels add up in another order where the same weights lie elsewhere in memory
+    torch.testing.assert_close(picture(base.pipeline), picture(pipe), atol=1e-5, rtol=0)
 
 
 def test_a_part_of_a_fused_matrix_of_another_size_is_refused(tmp_path: Path) -> None:

@@ -233,6 +233,6 @@ def test_the_norms_of_dora_are_in_fp32_whatever_the_forward_pass_is_in() -> None
     with torch.autocast("cpu", torch.bfloat16):
         layer(torch.randn(2, 256))
     assert isinstance(own, TrainableLayer)
-    assert own._norm is not None
+    assert own.norm is not None
     changed = layer.weight.double() + factors.up.double() @ factors.down.double()
-    torch.testing.assert_close(own._norm[1].double(), changed.norm(dim=1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(own.norm[1].double(), changed.norm(dim=1), rtol=1e-6, atol=0)

@@ -257,7 +257,9 @@ def test_a_doras_norms_wait_for_nothing_on_a_gpu() -> None:
     weight, down, up = torch.randn(12, 10), torch.randn(2, 10), torch.randn(12, 2)
     with Looks() as looks:
         looks.watching = True
-        algebra._with_nearest_dense(torch.rand(12), torch.ones(12), lambda rows: weight[rows].square().sum(1))
+        algebra._with_nearest_dense(
+            torch.rand(3, 12), torch.ones(3, 12), lambda layer, rows: weight[rows].square().sum(1)
+        )
         assert looks.seen == 0
         algebra.row_norms(weight, down, up, scale=1.0)  # on a CPU, where it is free
         assert looks.seen == 1
