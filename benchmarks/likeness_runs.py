@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from benchmarks.train_sides import Peer
-from lora_core import attach, collect, detach, write_adapter
+from benchmarks.train_sides import Peer, write_first_lora
 from lora_core.pipeline import LivePipeline
 from lora_core.safe_files import write_atomic
 from trainers import class_images, presets, report
@@ -95,13 +93,9 @@ class Judge:
         file, parts = config.lora.start_from, ("unet", "text_encoder")
         if file is None or file.exists():
             return
-        form = attach(
-            {part: self.live.models[part] for part in parts},
-            {part: config.lora.lora_config(part) for part in parts},
-            generator=torch.Generator().manual_seed(config.seed),
-        )
-        write_adapter(collect(form), file, spelling="kohya")
-        detach(form)
+        models = {part: self.live.models[part] for part in parts}
+        wanted = {part: config.lora.lora_config(part) for part in parts}
+        write_first_lora(models, wanted, file, seed=config.seed)
 
     def figures(self, config: TrainConfig, lora: Path) -> Figures:
         found = self._shown(config.report, lora)

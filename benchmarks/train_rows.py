@@ -18,13 +18,13 @@ from PIL import Image
 
 from benchmarks import swap_models
 from benchmarks.measure import Row, compared, interleaved
-from benchmarks.train_sides import Ours, Peer
-from lora_core import LoraConfig, attach, collect, detach, write_adapter
+from benchmarks.train_sides import Ours, Peer, write_first_lora
+from lora_core import LoraConfig
 from lora_core.errors import Stopped
 from trainers.config import TrainConfig
 from trainers.control import StopRequest
 from trainers.dreambooth import train
-from trainers.events import Step, TrainEvent
+from trainers.events import Step
 from trainers.memory import Peak
 
 RANK, ALPHA = 16, 8
@@ -57,13 +57,12 @@ def write_base(setting: Setting) -> None:
     Image.fromarray(noise).save(setting.folder / "images" / "0.png")
     for name, parts in (("unet", ("unet",)), ("both", ("unet", "text_encoder"))):
         for variant in ("lora", "dora"):
-            form = attach(
+            write_first_lora(
                 {part: getattr(pipe, part) for part in parts},
                 LoraConfig(rank=RANK, alpha=ALPHA, variant=variant),
-                generator=torch.Generator().manual_seed(1),
+                setting.folder / f"{name}-{variant}.safetensors",
+                seed=1,
             )
-            write_adapter(collect(form), setting.folder / f"{name}-{variant}.safetensors", spelling="kohya")
-            detach(form)
 
 
 def config(
@@ -178,26 +177,30 @@ def peak_alone(side: str, folder: Path) -> None:
     setting = Setting(folder=folder, **json.loads((folder / "setting.json").read_text(encoding="utf-8")))
     who, parts = side.split("-")
     wanted = config(setting, text_encoder=parts == "both")
-    peak = Peak(torch.device("cpu"))  # begun anew with the first step done
+    peak = Peak(torch.device("cpu"))
     if not peak.exact:
         print("unknown")
         return
-    if who == "peer":
-        peer = Peer(wanted)
-        peak = Peak(torch.device("cpu"))
-        for _ in range(ALONE):
-            peer.step()
-        print(peak.bytes() / 2**20)
-        return
+    stop = StopRequest()
 
-    def watch(event: TrainEvent) -> None:
+    def after(step: int) -> None:
         nonlocal peak
-        if isinstance(event, Step) and event.step == 1:
+        if step == 1:  # what opening has taken is over
             peak = Peak(torch.device("cpu"))
-        elif isinstance(event, Step) and event.step == 1 + ALONE:
+        elif step == 1 + ALONE:
             print(peak.bytes() / 2**20)
             stop.ask()
 
-    stop = StopRequest()  # in the main thread, as the command trains
-    with suppress(Stopped):
-        train(wanted, stop=stop, listeners=[watch])
+    if who == "peer":
+        peer = Peer(wanted)  # has taken its first step
+        after(1)
+        for step in range(2, 2 + ALONE):
+            peer.step()
+            after(step)
+        return
+    with suppress(Stopped):  # in the main thread, as the command trains
+        train(
+            wanted,
+            stop=stop,
+            listeners=[lambda event: after(event.step) if isinstance(event, Step) else None],
+        )

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_core import read_adapter
+from lora_core import LoraConfig, attach, collect, detach, read_adapter, write_adapter
 from lora_core.dtypes import DTYPES
 from lora_core.errors import Stopped
 from trainers.config import TrainConfig
@@ -180,6 +180,15 @@ class Peer:
         with torch.set_grad_enabled(self.config.train.trains_text_encoder):
             hidden: Tensor = encoder(ids)[0]
         return hidden.to(self.pipe.unet.dtype)
+
+
+def write_first_lora(
+    models: dict[str, Any], wanted: LoraConfig | dict[str, LoraConfig], file: Path, *, seed: int
+) -> None:
+    """What both sides can begin from."""
+    form = attach(models, wanted, generator=torch.Generator().manual_seed(seed))
+    write_adapter(collect(form), file, spelling="kohya")
+    detach(form)
 
 
 def _shown(folder: Path | None, prompt: str | None) -> list[Shown]:

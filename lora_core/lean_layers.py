@@ -12,9 +12,9 @@ hundredth of a step's time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.models.activations import GEGLU
@@ -30,33 +30,35 @@ from lora_core.storages import Undo, storage_of
 Call = Callable[[Tensor], Tensor]
 
 
-def keep_less(models: Mapping[str, nn.Module], trained: Collection[nn.Module] = ()) -> list[Undo]:
-    """Let such layers of `models` be called so -> the way back. `trained`: what a LoRA is added to the output of."""
+def keep_less(models: Mapping[str, nn.Module]) -> list[Undo]:
+    """Let such layers of `models` be called so -> the way back."""
     undo: list[Undo] = []
     for model in models.values():
         for layer in model.modules():
-            for part, call in _calls(layer, trained):
+            for part, call in _calls(layer):
                 if "forward" not in part.__dict__:
                     part.forward = call
                     undo.append(partial(part.__dict__.pop, "forward"))
     return undo
 
 
-def _calls(layer: nn.Module, trained: Collection[nn.Module]) -> Iterator[tuple[Any, Call]]:
+def _calls(layer: nn.Module) -> Iterator[tuple[Any, Call]]:
     if isinstance(layer, nn.Conv2d) and _plain(layer):
         yield layer, partial(_convolve, layer)
     elif type(layer) is GEGLU:
-        whole = partial(_again, partial(_project_and_gate, layer))
-        yield layer, partial(_gate, layer) if layer.proj in trained else whole
+        yield layer, partial(_gate, layer)
     elif type(layer) is QuickGELUActivation:
         yield layer, partial(_again, partial(type(layer).forward, layer))
-    elif type(layer) is ResnetBlock2D and layer.time_embedding_norm == "default":
-        norms: tuple[Any, ...] = (layer.norm1, layer.norm2)
-        activation = layer.nonlinearity
-        if type(activation) is nn.SiLU and not any(part in trained for part in (*norms, activation)):
-            for norm in norms:
-                yield norm, partial(_again, partial(_normalise, norm))
-            yield activation, _activate
+    elif type(layer) is ResnetBlock2D and _activates_its_norms(layer):
+        both, norms = _NormAndActivation(), (layer.norm1, layer.norm2)
+        for norm in norms:
+            yield norm, partial(both.normalise, cast(nn.GroupNorm, norm))
+        yield layer.nonlinearity, both.activate
+
+
+def _activates_its_norms(block: ResnetBlock2D) -> bool:
+    """By SiLU, with nothing in between."""
+    return type(block.nonlinearity) is nn.SiLU and block.time_embedding_norm == "default"
 
 
 def _again(call: Call, x: Tensor) -> Tensor:
@@ -120,13 +122,15 @@ class _Convolved(torch.autograd.Function):
 # --- gates, norms and activations ----------------------------------------------------------------------------
 
 
+def _gate(layer: GEGLU, x: Tensor) -> Tensor:
+    if layer.proj._forward_hooks:  # a LoRA, which has to see its input once
+        return _again(_gated, layer.proj(x))
+    return _again(partial(_project_and_gate, layer), x)
+
+
 def _project_and_gate(layer: GEGLU, x: Tensor) -> Tensor:
     projected: Tensor = layer.proj(x)
     return _gated(projected)
-
-
-def _gate(layer: GEGLU, x: Tensor) -> Tensor:
-    return _again(_gated, layer.proj(x))
 
 
 def _gated(projected: Tensor) -> Tensor:
@@ -135,11 +139,23 @@ def _gated(projected: Tensor) -> Tensor:
     return kept * F.gelu(gate)
 
 
-def _normalise(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """With the SiLU that follows."""
+class _NormAndActivation:
+    """Of a residual block. A norm to whose output something is added is called as ever, and so is its activation."""
+
+    def __init__(self) -> None:
+        self._activated = False  # what the activation is about to be given
+
+    def normalise(self, norm: nn.GroupNorm, x: Tensor) -> Tensor:
+        self._activated = not norm._forward_hooks
+        if not self._activated:
+            return type(norm).forward(norm, x)
+        return _again(partial(_normalise_and_activate, norm), x)
+
+    def activate(self, x: Tensor) -> Tensor:
+        """Of what comes out of a norm, and of the time embedding."""
+        done, self._activated = self._activated, False
+        return x if done else F.silu(x)
+
+
+def _normalise_and_activate(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     return F.silu(type(norm).forward(norm, x))
-
-
-def _activate(x: Tensor) -> Tensor:
-    """Of the time embedding (N, C); pictures (N, C, h, w) come out of `_normalise`."""
-    return x if x.dim() == 4 else F.silu(x)

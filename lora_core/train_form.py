@@ -116,11 +116,6 @@ class LoraForm(nn.Module):
         own = (layer for path, layer in layers if path.partition(".")[0] == component)
         return [layer for layer in own if isinstance(layer, TrainableLayer)]
 
-    @property
-    def targets(self) -> set[nn.Module]:
-        """The base's layers that are changed."""
-        return {layer.site.layer for layer in self.layers if isinstance(layer, TrainableLayer)}
-
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Inside, the models answer as the base does."""
@@ -202,7 +197,7 @@ def attach(
     except BaseException:
         _take_back(form)
         raise
-    form._undo += [*let_gradients_through(parts), *keep_less(parts, form.targets)]
+    form._undo += [*let_gradients_through(parts), *keep_less(parts)]
     for layer in form.layers:
         assert isinstance(layer, TrainableLayer)
         form._hook(layer, layer.site.layer)

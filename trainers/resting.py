@@ -41,7 +41,7 @@ def narrow_tables(bench: Bench) -> None:
     done = {*bench.words.frozen, *_narrowed(bench)}
     for component in bench.words.components:
         table = _of(bench, component).get_input_embeddings()
-        trained = table in bench.form.targets
+        trained = any(layer.site.layer is table for layer in bench.form.of(component))
         if component not in done and not trained and bench.config.train.stop_of(component) is None:
             _narrow(table, bench.words.ids(component, texts))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
@@ -153,7 +154,8 @@ def test_a_gate_keeps_its_input_or_a_trained_projection(
     with torch.autocast("cpu", torch.bfloat16, enabled=weights != pixels):
         expected, expected_grad = run(layer, x)
         before = kept(layer, x)
-        (undo,) = keep_less({"unet": layer}, [layer.proj] if trained else [])
+        (undo,) = keep_less({"unet": layer})
+        hook = layer.proj.register_forward_hook(lambda *_: None) if trained else None  # as a LoRA's
         found, grad = run(layer, x)
         after = kept(layer, x)
     assert torch.equal(found, expected)
@@ -167,6 +169,8 @@ def test_a_gate_keeps_its_input_or_a_trained_projection(
     )  # which a linear layer keeps
     assert after == (projected + cast if trained else x.nbytes)
     undo()
+    if hook is not None:
+        hook.remove()
     assert kept(layer, x) >= projected * 3 // 2 or weights != pixels
 
 
@@ -232,10 +236,10 @@ def test_a_block_whose_norm_is_trained_normalises_as_ever(monkeypatch: pytest.Mo
     x, time, found = torch.randn(1, 16, 8, 8), torch.randn(1, 24), []
     for lean in (True, False):
         if not lean:
-            monkeypatch.setattr(train_form, "keep_less", lambda models, trained: [])
+            monkeypatch.setattr(train_form, "keep_less", lambda models: [])
         model = nn.ModuleDict({"block": block()})
         form = attach({"unet": model}, LoraConfig(rank=2, targets=("conv1",), modules_to_save=("norm2",)))
-        assert model["block"].norm2 in form.targets
+        assert model["block"].norm2._forward_hooks
         assert ("forward" in model["block"].conv1.__dict__) == lean
         torch.manual_seed(1)
         with torch.no_grad():
@@ -244,6 +248,23 @@ def test_a_block_whose_norm_is_trained_normalises_as_ever(monkeypatch: pytest.Mo
         found.append(model["block"](x, time))
     assert torch.equal(*found)
     assert not torch.equal(found[0], block()(x, time))
+
+
+def test_what_is_worn_on_a_norm_later_is_heard_before_the_silu() -> None:
+    """Also where somebody else calls the norm, as accelerate's offloading does."""
+    x, time, made = torch.randn(1, 16, 8, 8), torch.randn(1, 24), block()
+    hook = made.norm1.register_forward_hook(lambda norm, given, out: out - 1)
+    expected = made(x, time)
+    hook.remove()
+    plain = made(x, time)
+    keep_less({"unet": made})
+    assert torch.equal(made(x, time), plain)
+    made.norm1.register_forward_hook(lambda norm, given, out: out - 1)
+    assert torch.equal(made(x, time), expected)
+    other = block()
+    other.norm2.forward = partial(nn.GroupNorm.forward, other.norm2)
+    keep_less({"unet": other})
+    assert torch.equal(other(x, time), plain)
 
 
 def test_a_layer_that_is_trained_itself_is_called_as_ever() -> None:
