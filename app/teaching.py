@@ -71,6 +71,12 @@ def start(session: Session, draft: Draft) -> Path:
     return session.training.start(plan.preset, plan.overrides(pictures))
 
 
+def of_view(session: Session, steps: float | None, run: str) -> float | None:
+    """Steps in all that the page has of `run`; None where another run has come on view since it was drawn."""
+    view = session.training.view()
+    return steps if view is not None and str(view.run) == run else None
+
+
 def pause_or_go_on(session: Session, steps: float | None) -> None:
     """Whatever is on view: a training that runs pauses, one that is paused or has ended goes on."""
     view = session.training.view()

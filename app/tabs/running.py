@@ -86,6 +86,7 @@ def _orders(session: Session, parts: Parts, c: dict[str, Any]) -> None:
             scale=4,
             min_width=180,
         )
+        c["steps_of"] = gr.Textbox(visible="hidden", elem_id="steps-of")  # the run that the number is about
         c["change_steps"] = gr.Button(
             "Change steps", elem_id="change-steps", size="sm", interactive=False, scale=1, min_width=110
         )
@@ -121,8 +122,10 @@ def _said_at(session: Session, parts: Parts, place: str) -> None:
 def _listen(session: Session, parts: Parts, c: dict[str, Any]) -> None:
     orders, at = session.training, partial(teaching.try_at, session)
     c["pause"].click(
-        lambda steps: at("orders", lambda: teaching.pause_or_go_on(session, steps)),
-        c["new_steps"],
+        lambda steps, of: at(
+            "orders", lambda: teaching.pause_or_go_on(session, teaching.of_view(session, steps, of))
+        ),
+        [c["new_steps"], c["steps_of"]],
         None,
         **AT_ONCE,
     )
@@ -139,8 +142,10 @@ def _listen(session: Session, parts: Parts, c: dict[str, Any]) -> None:
         **AT_ONCE,
     )
     c["change_steps"].click(
-        lambda steps: at("steps", lambda: teaching.change_steps(session, steps)),
-        c["new_steps"],
+        lambda steps, of: at(
+            "steps", lambda: teaching.change_steps(session, teaching.of_view(session, steps, of))
+        ),
+        [c["new_steps"], c["steps_of"]],
         None,
         **AT_ONCE,
     )
@@ -151,9 +156,9 @@ def _listen(session: Session, parts: Parts, c: dict[str, Any]) -> None:
 
     def steps() -> Any:  # alone: a number half typed is not written over while nothing changes
         view = session.training.view()
-        return gr.update(value=view.steps if view and view.steps else None)
+        return [view.steps if view and view.steps else None, str(view.run) if view else ""]
 
-    parts.drawn("steps-in-all", total, steps, [c["new_steps"]])
+    parts.drawn("steps-in-all", total, steps, [c["new_steps"], c["steps_of"]])
     names = (
         "during",
         "pause",

@@ -146,6 +146,19 @@ def test_asked_to_end_and_resumed(tmp_path: Path, preset: Path, training: Traini
     assert [step for step, _, _ in last.losses] == list(range(1, view.step + 3))
 
 
+def test_steps_drawn_for_another_run_are_not_taken(tmp_path: Path, preset: Path, training: Training) -> None:
+    """The page's number is drawn apart from the run's card: a click between the two says the other run's number."""
+    run = training.start(preset, ["train.steps=2"])
+    ended(training)
+    page: Any = SimpleNamespace(training=training, check=SimpleNamespace(stop=lambda: None))
+    stale = teaching.of_view(page, 40.0, str(tmp_path / "runs" / "last_week"))
+    with pytest.raises(ConfigError, match="all of its 2 steps"):
+        teaching.pause_or_go_on(page, stale)
+    assert training.current() is None
+    teaching.pause_or_go_on(page, teaching.of_view(page, 3.0, str(run)))
+    assert ended(training).step == 3
+
+
 def test_killed(tmp_path: Path, preset: Path, training: Training) -> None:
     """A sentence; and the run, of which nothing was saved, can begin again in the same folder."""
     run = training.start(preset, ENDLESS)
