@@ -46,8 +46,10 @@ def dense(layer: TrainableLayer) -> torch.Tensor:
     return (layer.site.original().double().flatten(1) + change).norm(dim=1).float()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_they_are_the_dense_ones(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "within"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-3)], ids=["fp32", "bf16"]
+)
+def test_they_are_the_dense_ones(dtype: torch.dtype, within: float, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     together = algebra.row_norms_together
     monkeypatch.setattr(
@@ -59,15 +61,30 @@ def test_they_are_the_dense_ones(dtype: torch.dtype, monkeypatch: pytest.MonkeyP
     calls.clear()
     disturb(form)
     for layer in layers_of(form).values():
-        torch.testing.assert_close(layer._row_norms(torch.device("cpu")), dense(layer), rtol=1e-6, atol=0)
+        torch.testing.assert_close(layer._row_norms(torch.device("cpu")), dense(layer), rtol=within, atol=0)
     assert sorted(calls) == [1, 1, 3]  # the narrow layer, the convolution, and the three in one
     for layer in layers_of(form).values():
         layer._row_norms(torch.device("cpu"))
     assert len(calls) == 3  # nothing has changed since
 
 
-def test_a_row_that_nearly_cancels_is_exact_beside_others() -> None:
-    form = dora({"unet": model(torch.float32)})
+@pytest.mark.parametrize("size", [0.01, 0.1, 1.0])
+def test_in_bf16_they_are_as_right_as_the_weight_is(size: float) -> None:
+    """Never further from the dense norm than rounding the weight to bf16 can move that: W Aᵀ is computed in bf16."""
+    torch.manual_seed(1)
+    weight, down, up = torch.randn(640, 320) / 320**0.5, torch.randn(16, 320), torch.randn(640, 16)
+    up *= size * weight.norm() / (up @ down).norm()
+    rounded = weight.bfloat16()
+    moved = (rounded.double().norm(dim=1) / weight.double().norm(dim=1) - 1).abs().max()
+    exact = (rounded.double() + up.double() @ down.double()).norm(dim=1)
+    for given, most in ((rounded, moved * min(1, 2 * size)), (rounded.float(), 5e-7)):
+        got = algebra.row_norms(given, down, up, scale=1.0).double()
+        assert (got / exact - 1).abs().max() < most
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_that_nearly_cancels_is_exact_beside_others(dtype: torch.dtype) -> None:
+    form = dora({"unet": model(dtype)})
     disturb(form)
     layer = layers_of(form)["unet.wide1"]
     factors, weight = layer.factors, layer.site.original()
@@ -75,9 +92,13 @@ def test_a_row_that_nearly_cancels_is_exact_beside_others() -> None:
     with torch.no_grad():  # row 7 of V is a thousandth of W's
         factors.down[0] = weight[7]
         factors.up[7] = torch.tensor([-0.999 * 4 / 3, 0, 0, 0])
+    within = {torch.float32: 1e-5, torch.bfloat16: 1e-3}[dtype]
     for each in layers_of(form).values():
-        torch.testing.assert_close(each._row_norms(torch.device("cpu")), dense(each), rtol=1e-5, atol=0)
-    assert layer._row_norms(torch.device("cpu"))[7] < 2e-3 * weight[7].norm()
+        torch.testing.assert_close(each._row_norms(torch.device("cpu")), dense(each), rtol=within, atol=0)
+    seventh = layer._row_norms(torch.device("cpu"))[7]
+    # fp32 rounding, a thousand times as large beside what is left
+    torch.testing.assert_close(seventh, dense(layer)[7], rtol=6e-5, atol=0)
+    assert seventh < 2e-3 * weight[7].norm()
 
 
 def test_models_are_apart_and_what_has_not_changed_is_not_computed() -> None:
