@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks import swap_models, train_rows
-from benchmarks.measure import Row, machine, measured, options_of, quiet, report
+from benchmarks.measure import Row, machine, measured, options_of, positive, quiet, report
 from benchmarks.train_rows import Setting
 
 ROWS: dict[str, Callable[[Setting], Iterator[Row]]] = {
@@ -31,6 +31,7 @@ ROWS: dict[str, Callable[[Setting], Iterator[Row]]] = {
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser = options_of("train", __doc__, ROWS, sizes=("tiny", "sd15"))
     parser.add_argument("--dtype", choices=swap_models.DTYPES, default="bfloat16", help="of the base weights")
+    parser.add_argument("--side", type=positive, help="of the picture, in pixels (256; tiny: 64)")
     parser.add_argument("--alone", nargs=2, metavar=("SIDE", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.alone:  # the child of the row "memory"
@@ -39,10 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
             train_rows.peak_alone(side, Path(folder))
         return []
     with tempfile.TemporaryDirectory() as folder, quiet():
-        setting = Setting(options.size == "tiny", options.dtype, options.repeats, Path(folder))
+        tiny = options.size == "tiny"
+        side = options.side or (64 if tiny else 256)
+        setting = Setting(tiny, options.dtype, options.repeats, side, Path(folder))
         train_rows.write_base(setting)
         rows = measured(ROWS, options.only, setting)
-    facts = {**machine(), "size": options.size, "dtype": options.dtype}
+    facts = {**machine(), "size": options.size, "side": str(side), "dtype": options.dtype}
     report(rows, facts)
     return rows
 

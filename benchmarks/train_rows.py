@@ -8,12 +8,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from accelerate import PartialState
 from PIL import Image
 
 from benchmarks import swap_models
@@ -38,11 +38,8 @@ class Setting:
     tiny: bool
     dtype: str
     repeats: int
+    side: int  # of the picture, in pixels
     folder: Path
-
-    @property
-    def side(self) -> int:
-        return 64 if self.tiny else 256
 
 
 def write_base(setting: Setting) -> None:
@@ -74,6 +71,7 @@ def config(
         "learning_rate": 1e-4,
         "base_dtype": "bf16" if setting.dtype == "bfloat16" else "fp32",
         "channels_last": True,
+        "log_every": 1,  # as the loop reads it, on a GPU too
     }
     if not text_encoder:
         train["text_encoder_learning_rate"] = 0.0
@@ -115,7 +113,7 @@ def step(setting: Setting) -> Iterator[Row]:
 def losses(setting: Setting) -> Iterator[Row]:
     """Exactness: a base in fp32, and the same order of sums. A rate at which rounding has not yet grown: on random
     weights AdamW makes steps of a full rate out of gradients that are mere rounding."""
-    exact = Setting(setting.tiny, "float32", setting.repeats, setting.folder / "exact")
+    exact = replace(setting, dtype="float32", folder=setting.folder / "exact")
     exact.folder.mkdir(exist_ok=True)
     if not (exact.folder / "base").exists():
         write_base(exact)
@@ -165,7 +163,7 @@ def memory(setting: Setting) -> Iterator[Row]:
 
 
 def _peak_of_child(setting: Setting, side: str) -> float | None:
-    facts = {"tiny": setting.tiny, "dtype": setting.dtype, "repeats": setting.repeats}
+    facts = {name: value for name, value in vars(setting).items() if name != "folder"}
     (setting.folder / "setting.json").write_text(json.dumps(facts), encoding="utf-8")
     command = [sys.executable, "-m", "benchmarks.train", "--alone", side, str(setting.folder)]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
@@ -173,11 +171,13 @@ def _peak_of_child(setting: Setting, side: str) -> float | None:
 
 
 def peak_alone(side: str, folder: Path) -> None:
-    """Print the largest resident set, in MB, of a few steps of one side in this process; Linux alone tells it."""
+    """Print the most memory, in MB, of a few steps of one side in this process: the GPU's, or else the resident set,
+    which Linux alone tells."""
     setting = Setting(folder=folder, **json.loads((folder / "setting.json").read_text(encoding="utf-8")))
     who, parts = side.split("-")
     wanted = config(setting, text_encoder=parts == "both")
-    peak = Peak(torch.device("cpu"))
+    device = PartialState().device
+    peak = Peak(device)
     if not peak.exact:
         print("unknown")
         return
@@ -186,7 +186,7 @@ def peak_alone(side: str, folder: Path) -> None:
     def after(step: int) -> None:
         nonlocal peak
         if step == 1:  # what opening has taken is over
-            peak = Peak(torch.device("cpu"))
+            peak = Peak(device)
         elif step == 1 + ALONE:
             print(peak.bytes() / 2**20)
             stop.ask()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import peft
 import torch
+from accelerate import PartialState
 from diffusers import StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.utils import convert_state_dict_to_diffusers
@@ -67,9 +68,9 @@ class Peer:
         self.config, self.losses = config, list[float]()
         dtype = DTYPES[str(config.train.base_dtype)]
         disable_progress_bar()  # of its loading: it would stand among the figures
-        self.pipe: Any = StableDiffusionPipeline.from_pretrained(
-            config.base, safety_checker=None, dtype=dtype
-        )
+        pipe = StableDiffusionPipeline.from_pretrained(config.base, safety_checker=None, dtype=dtype)
+        self.device = PartialState().device  # as ours chooses it
+        self.pipe: Any = pipe.to(self.device)
         for model in (self.pipe.unet, self.pipe.vae, self.pipe.text_encoder):
             model.requires_grad_(False)
         self.parts = self._attach()
@@ -89,7 +90,7 @@ class Peer:
             num_warmup_steps=config.train.warmup_steps,
             num_training_steps=config.train.steps,
         )
-        self.abar = self.pipe.scheduler.alphas_cumprod
+        self.timesteps = len(self.pipe.scheduler.alphas_cumprod)
         self.generator = torch.Generator().manual_seed(config.seed)
         data = config.data
         self.instances = _shown(data.images, data.prompt)
@@ -99,20 +100,20 @@ class Peer:
         self.step()
 
     def step(self) -> None:
-        pipe, g = self.pipe, self.generator
+        pipe, g, device = self.pipe, self.generator, self.device
         dtype = pipe.unet.dtype
         rows, own = self._drawn()
         pixels = torch.stack([_pixels(path) for path, _ in rows])
         with torch.no_grad():
-            posterior = pipe.vae.encode(pixels.to(dtype)).latent_dist
+            posterior = pipe.vae.encode(pixels.to(device, dtype)).latent_dist
         mean, std = posterior.mean.float(), posterior.std.float()
-        z = (mean + std * torch.randn(mean.shape, generator=g)) * pipe.vae.config.scaling_factor
-        eps = torch.randn(z.shape, generator=g)
-        t = torch.randint(len(self.abar), (len(z),), generator=g)
+        z = (mean + std * torch.randn(mean.shape, generator=g).to(device)) * pipe.vae.config.scaling_factor
+        eps = torch.randn(z.shape, generator=g).to(device)
+        t = torch.randint(self.timesteps, (len(z),), generator=g).to(device)
         z_t, target = pipe.scheduler.add_noise(z, eps, t), eps
         if pipe.scheduler.config.prediction_type == "v_prediction":
             target = pipe.scheduler.get_velocity(z, eps, t)
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             words = self._words([caption for _, caption in rows])
             prediction = pipe.unet(z_t.to(dtype), t, words).sample.float()
         loss = F.mse_loss(prediction[:own], target[:own])
@@ -176,7 +177,7 @@ class Peer:
             max_length=tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
-        ).input_ids
+        ).input_ids.to(self.device)
         with torch.set_grad_enabled(self.config.train.trains_text_encoder):
             hidden: Tensor = encoder(ids)[0]
         return hidden.to(self.pipe.unet.dtype)
