@@ -184,8 +184,11 @@ def gained(out: Tensor, gain: Tensor, offset: Tensor | None, layer: nn.Module) -
     flat = out if channels_second else out.reshape(-1, len(gain))
     dtype = out.dtype if out.dtype.itemsize > 2 else torch.float32
     gain, offset = gain.to(dtype), None if offset is None else offset.to(dtype)
-    mean, variance = torch.zeros_like(gain), torch.ones_like(gain)
-    return F.batch_norm(flat, mean, variance, gain, offset, training=False, eps=0.0).view(out.shape)
+    mean, half = (
+        torch.zeros_like(gain),
+        torch.full_like(gain, 0.5),
+    )  # torch before 2.13 wants an eps that is not 0
+    return F.batch_norm(flat, mean, half, gain, offset, training=False, eps=0.5).view(out.shape)
 
 
 def _plain(layer: nn.Module, out: Tensor, bias: Tensor | None) -> Tensor:

@@ -75,7 +75,8 @@ def _narrowed(bench: Bench) -> list[str]:
 @contextmanager
 def awake(bench: Bench) -> Iterator[None]:
     """Inside, everything is on the device. Raises FileRefused where the base's files are no longer what they were."""
-    resting = [c for c in ("vae", *bench.live.models) if _of(bench, c).device != bench.device]
+    # by their types: "cuda", as a device is asked for, and "cuda:0", as it answers, are not equal
+    resting = [c for c in ("vae", *bench.live.models) if _of(bench, c).device.type != bench.device.type]
     narrowed = _narrowed(bench)
     try:
         for component in narrowed:
