@@ -91,11 +91,13 @@ def awake(bench: Bench) -> Iterator[None]:
         for component in resting:
             rest(bench, component)
         narrow_tables(bench)
+        give_back()
 
 
 def give_back() -> None:
-    """What was freed in main memory goes back to the system: glibc would keep hundreds of megabytes that opening a base
-    and filling the caches have needed once."""
+    """What was freed goes back to the system: glibc would keep hundreds of megabytes of main memory that opening a base
+    and filling the caches have needed once, and torch as much of the card's."""
+    torch.cuda.empty_cache()  # nothing on a machine without a card
     with suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 

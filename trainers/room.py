@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 
-import torch
-
 from lora_core.errors import LoraError
 from trainers import events
 from trainers.activations import checkpoint_activations
@@ -23,7 +21,6 @@ def make_room(bench: Bench, pictures: int, problem: str) -> None:
     bench.optimizer.zero_grad(set_to_none=True)
     gc.collect()  # what the step that failed has left behind
     give_back()
-    torch.cuda.empty_cache()
     if bench.pieces < pictures:
         bench.pieces = min(2 * bench.pieces, pictures)
         at_once = -(-pictures // bench.pieces)

@@ -77,6 +77,16 @@ def test_it_comes_back_bit_for_bit_and_leaves_again(tmp_path: Path) -> None:
     assert resting(bench) == {"vae", "text_encoder"}
 
 
+def test_a_device_with_a_number_is_the_one_without(tmp_path: Path) -> None:
+    """A card is asked for as "cuda" and answers as "cuda:0": all of the base was put to rest after a picture."""
+    bench = bench_of(config(tmp_path, cache_text=False))
+    bench.device = torch.device("cpu", 0)
+    assert bench.device != bench.live.pipeline.unet.device
+    with awake(bench):
+        pass
+    assert resting(bench) == {"vae"}
+
+
 def test_what_a_lora_is_trained_on_waits_in_memory(tmp_path: Path) -> None:
     bench = bench_of(config(tmp_path, text_encoder_learning_rate=1e-4))
     before = {n: p.clone() for n, p in bench.live.models["text_encoder"].named_parameters()}
