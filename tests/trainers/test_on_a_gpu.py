@@ -1,4 +1,5 @@
-"""What only a card can show: `pytest -m gpu`. The rest of the trainer's tests run on one as they do without."""
+"""What only a card can show: `pytest -m gpu`. An fp32 base is not here where bits are compared: some kernels of a card
+add up in no fixed order there, and two runs of one seed differ; in half precision none of those met here does."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ def test_what_is_sent_arrives_however_it_lies() -> None:
         assert torch.equal(back, there)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize(("family", "encoder"), [("sd1", 1e-4), ("sd1", 0.0), ("sdxl", 1e-4)], ids=str)
 def test_begun_tried_out_stopped_and_gone_on_with(
     tmp_path: Path, bases: dict[str, Path], dtype: str, family: str, encoder: float
