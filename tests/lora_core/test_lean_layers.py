@@ -231,6 +231,30 @@ def test_a_residual_block_gives_the_same(options: dict[str, Any], cast: bool) ->
     assert not [inner for inner in made.modules() if "forward" in inner.__dict__]
 
 
+class NormOnACard(nn.GroupNorm):
+    """As autocast has it there: in fp32, whatever it is given and whatever its weights are in."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.weight.float(), self.bias.float()
+        return nn.functional.group_norm(x.float(), self.num_groups, weight, bias, self.eps)
+
+
+def test_a_norm_that_autocast_takes_to_fp32_gives_the_same() -> None:
+    made, x = block().bfloat16(), torch.randn(2, 16, 8, 8, dtype=torch.bfloat16)
+    for name in ("norm1", "norm2"):
+        norm = NormOnACard(4, 16, eps=1e-6).bfloat16().requires_grad_(False)
+        with torch.no_grad():
+            norm.weight.add_(0.3 * torch.randn(16))
+            norm.bias.add_(0.3 * torch.randn(16))
+        setattr(made, name, norm)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, expected_grad = through(made, x)
+        keep_less({"unet": made})
+        found, grad = through(made, x)
+    assert torch.equal(found, expected)
+    assert torch.equal(grad, expected_grad)
+
+
 def test_a_block_whose_norm_is_trained_normalises_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is added to a norm's output belongs before the SiLU."""
     x, time, found = torch.randn(1, 16, 8, 8), torch.randn(1, 24), []
