@@ -219,9 +219,15 @@ def test_rank_and_alpha_patterns() -> None:
     assert found == {"unet.proj": (2, 9), "unet.plain": (2, 3), "unet.conv1": (5, 3), "unet.conv2": (5, 3)}
 
 
-def test_the_norms_of_dora_are_in_fp32_whatever_the_forward_pass_is_in() -> None:
+@pytest.mark.parametrize(
+    ("dtype", "within"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-4)], ids=["fp32", "bf16"]
+)
+def test_the_norms_of_dora_are_in_fp32_whatever_the_forward_pass_is_in(
+    dtype: torch.dtype, within: float
+) -> None:
+    """Of a bf16 weight but for W Aᵀ, see row_norms_together: in bf16 they would be wrong by 4e-3."""
     torch.manual_seed(0)
-    layer = nn.Linear(256, 64).bfloat16()
+    layer = nn.Linear(256, 64).to(dtype)
     form = attach(
         {"unet": nn.ModuleDict({"to_q": layer})},
         LoraConfig(rank=8, alpha=8, targets=("to_q",), variant="dora"),
@@ -235,4 +241,4 @@ def test_the_norms_of_dora_are_in_fp32_whatever_the_forward_pass_is_in() -> None
     assert isinstance(own, TrainableLayer)
     assert own.norm is not None
     changed = layer.weight.double() + factors.up.double() @ factors.down.double()
-    torch.testing.assert_close(own.norm[1].double(), changed.norm(dim=1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(own.norm[1].double(), changed.norm(dim=1), rtol=within, atol=0)
