@@ -187,7 +187,7 @@ def gained(out: Tensor, gain: Tensor, offset: Tensor | None, layer: nn.Module) -
     mean, half = (
         torch.zeros_like(gain),
         torch.full_like(gain, 0.5),
-    )  # torch before 2.13 wants an eps that is not 0
+    )  # and ½ more: torch 2.12 wants an eps above 0
     return F.batch_norm(flat, mean, half, gain, offset, training=False, eps=0.5).view(out.shape)
 
 

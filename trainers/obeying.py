@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 
-import torch
-
 from lora_core.errors import ConfigError
 from trainers import events, previews
 from trainers.bench import Bench
 from trainers.config import TrainSettings
 from trainers.control import Orders
+from trainers.resting import give_back
 from trainers.saving import keep_preset, save_or_say
 
 POLL_S = 0.1  # while paused
@@ -22,7 +21,7 @@ def obey(bench: Bench, step: int, orders: Orders) -> float:
     do_now(bench, step, orders)
     if orders.hold():
         bench.emit(events.Paused(step=step))
-        torch.cuda.empty_cache()  # whoever asked for the pause may want the card; nothing on a machine without one
+        give_back()  # whoever asked for the pause may want the card
         while orders.hold():
             time.sleep(POLL_S)
             do_now(bench, step, orders)

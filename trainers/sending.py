@@ -11,7 +11,7 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     is only put in order with what is computed from it."""
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
-    # contiguous: an expanded one, as of a batch whose rows share a mask, cannot be pinned
+    # contiguous: an expanded one, as one latent for all timesteps of the held-out loss, cannot be pinned
     return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 

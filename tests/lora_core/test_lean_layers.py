@@ -174,6 +174,26 @@ def test_a_gate_keeps_its_input_or_a_trained_projection(
     assert kept(layer, x) >= projected * 3 // 2 or weights != pixels
 
 
+class LinearOfItsOwn(nn.Linear):
+    """As of a weight in fewer bits: what it multiplies by is known to its own call alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, 2 * self.weight, self.bias)
+
+
+def test_a_gate_whose_projection_has_a_way_of_its_own_goes_by_it() -> None:
+    torch.manual_seed(0)
+    layer, x = GEGLU(16, 64), torch.randn(2, 40, 16)
+    layer.proj = LinearOfItsOwn(16, 128)
+    layer.requires_grad_(False)
+    expected, expected_grad = run(layer, x)
+    keep_less({"unet": layer})
+    found, grad = run(layer, x)
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(grad, expected_grad, atol=1e-6, rtol=1e-5)
+    assert kept(layer, x) == x.nbytes
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_quick_gelu_keeps_its_input_alone(dtype: torch.dtype) -> None:
     layer, x = QuickGELUActivation(), torch.randn(2, 40, 16, dtype=dtype)

@@ -19,6 +19,7 @@ from lora_core import algebra
 from tests.trainers.runs import base_folder, config, pictures
 from trainers import dreambooth
 from trainers.batches import Feeder
+from trainers.config import TrainConfig
 from trainers.dreambooth import train
 from trainers.watch import Watch
 
@@ -163,10 +164,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_nothing_is_asked_in_a_step(
-    tmp_path: Path, bases: dict[str, Path], questions: Questions, name: str
-) -> None:
+def run_of(tmp_path: Path, bases: dict[str, Path], name: str, **train_settings: Any) -> TrainConfig:
+    """Three steps whose losses are read once, at their end."""
     family, tables = RUNS[name]
     pictures(tmp_path / "images", 3)
     pictures(tmp_path / "class", 2, seed=1)
@@ -174,7 +173,14 @@ def test_nothing_is_asked_in_a_step(
     data = dict(tables.get("data", {}))
     if "class_images" in data:
         data["class_images"] = tmp_path / data["class_images"]
-    steps = {"steps": 3, "log_every": 100, **tables.get("train", {})}
-    train(config(tmp_path, bases[family], lora=tables.get("lora", {}), data=data, train=steps))
+    steps = {"steps": 3, "log_every": 100, **tables.get("train", {}), **train_settings}
+    return config(tmp_path, bases[family], lora=tables.get("lora", {}), data=data, train=steps)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_nothing_is_asked_in_a_step(
+    tmp_path: Path, bases: dict[str, Path], questions: Questions, name: str
+) -> None:
+    train(run_of(tmp_path, bases, name))
     assert questions.steps == 3
     assert questions.found == [], "\n".join(questions.found)

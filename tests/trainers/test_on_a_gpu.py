@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from lora_core.errors import Stopped
 from tests.trainers.runs import Recorder, base_folder, config, pictures
-from tests.trainers.test_no_waiting import RUNS
+from tests.trainers.test_no_waiting import RUNS, run_of
 from trainers import dreambooth
 from trainers.config import TrainConfig
 from trainers.dreambooth import train
@@ -80,9 +80,8 @@ def test_begun_tried_out_stopped_and_gone_on_with(
 
 
 @pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What the host waited for from the second step on, until the losses are read."""
-    found: list[str] = []
+def _waits_are_errors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """From the second step on, until the losses are read."""
 
     class Listening(Watch):
         def keep(self, *given: Any) -> torch.Tensor:
@@ -97,25 +96,16 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(dreambooth, "Watch", Listening)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Synchronization debug mode")
-        yield found
+        yield
     torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.usefixtures("_waits_are_errors")
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("name", RUNS)
-def test_no_step_waits_for_the_card(
-    tmp_path: Path, bases: dict[str, Path], waits: list[str], name: str, dtype: str
-) -> None:
+def test_no_step_waits_for_the_card(tmp_path: Path, bases: dict[str, Path], name: str, dtype: str) -> None:
     """A wait is an error here: RuntimeError, from where it is made."""
-    family, tables = RUNS[name]
-    pictures(tmp_path / "images", 3)
-    pictures(tmp_path / "class", 2, seed=1)
-    (tmp_path / "images" / "0.mask.png").write_bytes((tmp_path / "images" / "1.png").read_bytes())
-    data = dict(tables.get("data", {}))
-    if "class_images" in data:
-        data["class_images"] = tmp_path / data["class_images"]
-    steps = {**tables.get("train", {}), "steps": 4, "log_every": 100, "base_dtype": dtype}
-    train(config(tmp_path, bases[family], lora=tables.get("lora", {}), data=data, train=steps))
+    train(run_of(tmp_path, bases, name, base_dtype=dtype))
 
 
 def test_too_large_a_batch_comes_to_the_same_in_pieces(tmp_path: Path, bases: dict[str, Path]) -> None:
