@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from app.draft import Draft
 from app.host import Host
@@ -87,3 +87,15 @@ def wait(true: Callable[[], object], what: str, seconds: float = 60) -> None:
     while not true():
         assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
         time.sleep(0.05)
+
+
+def unfold(page: Page, accordion: str) -> None:
+    page.locator(f"#{accordion} > button").click()
+    expect(page.locator(f"#{accordion} :is(textarea, input)").first).to_be_visible(timeout=30_000)
+    fields_up(page)
+
+
+def fields_up(page: Page) -> None:
+    """Gradio writes its first values into fields that have come into sight once more, in the next frame: what a
+    script has typed by then is gone. Nobody's fingers are so fast."""
+    page.evaluate("new Promise(up => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(up))))")

@@ -19,7 +19,7 @@ from app.page import create_ui
 from app.session import Session
 from app.training import Training
 from lora_core import LivePipeline, write_adapter
-from tests.app.page import Seen, wait
+from tests.app.page import Seen, fields_up, unfold, wait
 from tests.lora_core.test_pipeline import random_adapter
 from tests.small_models import small_pipeline
 
@@ -32,6 +32,7 @@ def opened(chrome: Browser, host: Host, seen: Seen) -> Page:
     seen.watch(page)
     page.goto(host.url)
     expect(page.locator("#generate")).to_be_visible(timeout=60_000)
+    fields_up(page)
     return page
 
 
@@ -106,8 +107,7 @@ def test_every_control_reaches_the_request(chrome: Browser, app: tuple[Session, 
     session, host = app
     page = opened(chrome, host, seen)
     page.locator("#prompt textarea").fill("a dog on a red background")
-    page.locator("#more > button").click()
-    page.wait_for_timeout(500)  # Gradio puts the fields up after they are seen; nobody else types so soon
+    unfold(page, "more")
     page.locator("#negative textarea, #negative input").first.fill("blurry")
     numbers = {"steps": "7", "guidance": "3.5", "seed": "11", "count": "2", "width": "72", "height": "80"}
     for name, value in numbers.items():
@@ -125,7 +125,7 @@ def test_every_control_reaches_the_request(chrome: Browser, app: tuple[Session, 
 
     seen.reload(page)
     expect(page.locator("#prompt textarea")).to_have_value("a dog on a red background", timeout=30_000)
-    page.locator("#more > button").click()
+    unfold(page, "more")
     expect(page.locator("#steps input[type=number]")).to_have_value("7")
 
 
@@ -261,9 +261,7 @@ def test_what_the_mixer_can_do_besides(
     wait(lambda: pipe.weights == {"ink": 2.5, "glow": 1.0}, "both")
     after(session, page, "Measure")
     expect(page.locator("#message")).to_contain_text("Moved furthest", timeout=10_000)
-    page.locator("#sheet-more > button").click()
-    page.locator("#sheet-weights input, #sheet-weights textarea").first.wait_for()
-    page.wait_for_timeout(500)  # Gradio puts the fields up after they are seen; nobody else types so soon
+    unfold(page, "sheet-more")
     page.locator("#sheet-weights input, #sheet-weights textarea").first.fill("0; 1")
     page.locator("#make-sheet").click()
     expect(page.locator("#message")).to_contain_text("2 rows of 2", timeout=120_000)
@@ -382,11 +380,11 @@ def test_nothing_keeps_anybody_out(
     seen.watch(page)
     page.goto(host.url)
     expect(page.get_by_role("slider", name="Weight of ink").first).to_be_visible(timeout=60_000)
-    page.locator("#more > button").click()
+    unfold(page, "more")
     page.get_by_text("More of ink").click()
     for name in ("soft", "softer"):
         mixing.save(session, name)
-    page.locator("#mixes-more > button").click()
+    unfold(page, "mixes-more")
     expect(page.get_by_role("slider", name="Crossfade from soft to softer")).to_be_visible(timeout=10_000)
     for tab in ("Generate", "Train", "Library"):
         page.get_by_role("tab", name=tab).click()

@@ -15,7 +15,7 @@ from lora_core import LivePipeline
 from lora_core.mix import AdapterWeight
 from lora_core.named_mixes import read_mix
 from lora_core.parameters import parse_parameters
-from tests.app.page import Seen, app_at, browser, wait
+from tests.app.page import Seen, app_at, browser, unfold, wait
 from tests.app.test_page import demo_lora
 
 pytestmark = pytest.mark.browser
@@ -42,8 +42,7 @@ class Mixer:
         self.page.get_by_role("button", name=name, exact=True).click()
 
     def open_mixes(self) -> None:
-        self.page.locator("#mixes-more > button").click()
-        expect(self.page.get_by_label("Name of this mix")).to_be_visible(timeout=10_000)
+        unfold(self.page, "mixes-more")
 
     def save(self, name: str) -> None:
         self.page.get_by_label("Name of this mix").fill(name)

@@ -15,7 +15,7 @@ from playwright.sync_api import Browser, Page, expect
 from app import teaching
 from app.host import Host
 from app.session import Session
-from tests.app.page import Seen, wait
+from tests.app.page import Seen, fields_up, unfold, wait
 from tests.lora_core.test_prediction import hands_back_its_noise
 from tests.small_models import save_ldm_single_file, small_pipeline
 from trainers import presets
@@ -31,7 +31,7 @@ def opened(chrome: Browser, host: Host, seen: Seen, *, width: int = 1440) -> Pag
     expect(page.locator("#generate")).to_be_visible(timeout=60_000)
     page.get_by_role("tab", name="Train").click()
     expect(page.locator("#train-start")).to_be_visible(timeout=30_000)
-    page.wait_for_timeout(500)  # Gradio puts the fields up after they are seen; nobody else types so soon
+    fields_up(page)
     return page
 
 
@@ -82,7 +82,7 @@ def test_from_a_look_at_the_pictures_to_a_run_gone_on_with(
     expect(ready).to_contain_text("Ready: 5 pictures, 450 steps, rank 16, on demo (SD 1.x)", timeout=10_000)
 
     # what is wrong is said where it is
-    page.locator("#train-every > button").click()
+    unfold(page, "train-every")
     own = page.locator("#train-settings textarea")
     own.fill("train.lerning_rate = 1e-3")
     expect(page.locator("#preset-whole")).to_contain_text("Did you mean train.learning_rate", timeout=10_000)
@@ -178,7 +178,7 @@ def test_presets_follow_the_base_and_say_what_they_extend(
     for place in (0, 400):
         page.evaluate(f"scrollTo(0, {place})")
         expect(page.locator("#train-start")).to_be_in_viewport()
-    page.locator("#train-every > button").click()
+    unfold(page, "train-every")
     choose(page, "train-preset", "low_vram")
     expect(page.locator("#preset-whole")).to_contain_text("low_vram extends sd15_subject", timeout=10_000)
     expect(page.locator("#train-rank input[type=number]")).to_have_value("8")
