@@ -98,4 +98,6 @@ def unfold(page: Page, accordion: str) -> None:
 def fields_up(page: Page) -> None:
     """Gradio writes its first values into fields that have come into sight once more, in the next frame: what a
     script has typed by then is gone. Nobody's fingers are so fast."""
-    page.evaluate("new Promise(up => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(up))))")
+    page.evaluate(
+        "new Promise(up => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(up))))"
+    )
