@@ -1,11 +1,13 @@
 """Save a run so that it can go on bit-exactly, and write the LoRA file that leaves it.
 
 A checkpoint is one safetensors file, written atomically: trainable tensors and their average, AdamW's moments, the
-state of every random generator, the sampler's position; the small facts are JSON in its metadata. No pickle anywhere.
+state of every random generator, the sampler's position; the small facts are JSON in its metadata, beside a checksum of
+it all. No pickle anywhere.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
@@ -19,9 +21,10 @@ import torch
 from torch import Tensor
 
 from lora_core.errors import FileRefused, NotFinite
-from lora_core.safe_files import read_header, read_tensors, save_tensors
+from lora_core.safe_files import Header, read_header, read_tensors, save_tensors
 from lora_core.train_form import LoraForm
 from trainers.average import Average
+from trainers.kept_tensors import tensors_identity
 
 KIND = "lora-loom training state 2"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -74,7 +77,9 @@ def save_state(path: Path, position: Position, of: Trained) -> None:
         "chance": chance,
     }
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_tensors(path, contiguous, {"loom.kind": KIND, "loom.state": json.dumps(facts)})
+    told = json.dumps(facts)
+    checksum = _checksum(told, contiguous)
+    save_tensors(path, contiguous, {"loom.kind": KIND, "loom.state": told, "loom.sha256": checksum})
 
 
 def load_state(path: Path, of: Trained) -> Position:
@@ -85,7 +90,7 @@ def load_state(path: Path, of: Trained) -> Position:
             f"{path.name} holds weights only: without the optimizer's state a resumed run would be another run. "
             "Resume from the run's own folder, or set lora.start_from to this file to begin a new training from it."
         )
-    tensors = read_tensors(header)
+    tensors = _whole(header)
     wanted = {f"lora.{name}": p for name, p in of.form.named_parameters()}
     found = {name: t for name, t in tensors.items() if name.startswith("lora.")}
     if {n: tuple(p.shape) for n, p in wanted.items()} != {n: tuple(t.shape) for n, t in found.items()}:
@@ -114,6 +119,21 @@ def load_state(path: Path, of: Trained) -> Position:
     if of.scaler is not None and facts["scaler"]:
         of.scaler.load_state_dict(facts["scaler"])
     return Position(**facts["position"])
+
+
+def _whole(header: Header) -> dict[str, Tensor]:
+    """The tensors, if they and the facts are what was saved: a flipped bit would go on as another run, and nobody would
+    know. A state of an earlier version has no checksum. Raises FileRefused."""
+    tensors, said = read_tensors(header), header.metadata.get("loom.sha256")
+    if said is not None and said != _checksum(header.metadata.get("loom.state", ""), tensors):
+        raise FileRefused(
+            f"{header.path.name} is not what was saved: its checksum differs, so the disk or a copy has changed it."
+        )
+    return tensors
+
+
+def _checksum(facts: str, tensors: Mapping[str, Tensor]) -> str:
+    return hashlib.sha256(f"{facts} {tensors_identity(tensors)}".encode()).hexdigest()
 
 
 def get_chance() -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -196,7 +216,7 @@ def newest_whole(folder: Path) -> tuple[Path, list[str]]:
     problems: list[str] = []
     for _, path in reversed(saved_steps(folder)):
         try:
-            bad = first_not_finite(read_tensors(read_header(path)))
+            bad = first_not_finite(_whole(read_header(path)))
         except FileRefused as problem:
             problems.append(f"Checkpoint {path.name} is damaged and was passed over: {problem}")
             continue

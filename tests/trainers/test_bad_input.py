@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from PIL import Image
 
 from lora_core import read_adapter
 from lora_core.errors import SaveFailed, Stopped
-from lora_core.safe_files import read_tensors
+from lora_core.safe_files import read_header, read_tensors
 from tests.trainers.runs import Recorder, base_folder, config, events_in, pictures, refusal
 from trainers import checkpoints, presets, saving
 from trainers.dreambooth import train
@@ -145,16 +146,38 @@ def test_weights_only_file_is_no_resume(tmp_path: Path, base: Path) -> None:
     assert lora.read_bytes() == before
 
 
-def test_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, base: Path) -> None:
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def one_bit(path: Path) -> None:
+    """The least of a weight: finite, of the right shape, and another run."""
+    data, header = bytearray(path.read_bytes()), read_header(path)
+    name = next(name for name in header.tensors if name.startswith("lora."))
+    data[header.data_start + header.tensors[name].start] ^= 1
+    path.write_bytes(data)
+
+
+def other_facts(path: Path) -> None:
+    data = path.read_bytes()
+    assert data.count(b'\\"step\\": 4,') == 1
+    path.write_bytes(data.replace(b'\\"step\\": 4,', b'\\"step\\": 3,'))
+
+
+@pytest.mark.parametrize("damage", [cut_short, one_bit, other_facts])
+def test_damaged_newest_checkpoint_is_passed_over(
+    tmp_path: Path, base: Path, damage: Callable[[Path], None]
+) -> None:
     pictures(tmp_path / "images", 2)
     settings = config(tmp_path, base, train={"steps": 4}, save={"every": 2})
     lora = train(settings)
     straight = lora.read_bytes()
     newest = checkpoints.saved_steps(lora.parent / "checkpoints")[-1][1]
-    newest.write_bytes(newest.read_bytes()[:5000])
+    damage(newest)
     resumed = train(settings, resume=lora.parent)
     assert resumed.read_bytes()[-5000:] == straight[-5000:]
-    assert any("damaged" in e.get("text", "") for e in events_in(lora.parent))
+    said = next(e["text"] for e in events_in(lora.parent) if "damaged" in e.get("text", ""))
+    assert ("its checksum differs" in said) == (damage is not cut_short)
 
 
 def test_a_disk_that_is_full_from_the_beginning(tmp_path: Path, base: Path) -> None:
