@@ -25,7 +25,7 @@ from trainers.buckets import View
 from trainers.dataset import Bytes, Dataset, Example, coverage, layers, pixels, read
 from trainers.kept_tensors import FillReport, KeptTensors, all_finite, weights_identity
 
-FORMAT = "latents 2"  # raise it when what a file means changes: old ones are then simply not found
+FORMAT = "latents 3"  # raise it when what a file means changes: old ones are then simply not found
 Posterior = tuple[Tensor, Tensor]  # mean, std: (N, 4, h, w) each, fp32, on the CPU
 
 

@@ -15,7 +15,7 @@ from lora_core.errors import ConfigError
 from trainers.buckets import CropPlan, Size, View, apply, plan_crop
 from trainers.captions import draw
 from trainers.folders import Kind, Source
-from trainers.images import decode, decode_layers, read_bytes
+from trainers.images import decode_layers, decode_mask, read_bytes
 from trainers.sampler import Draw
 from trainers.scan_report import ScanReport
 
@@ -106,7 +106,7 @@ def layers(example: Example, data: Bytes) -> tuple[Image.Image, Image.Image | No
         return image, None
     if example.mask is None or data.mask is None:
         return image, opacity
-    return image, decode(data.mask, example.mask, "black").convert("L")
+    return image, decode_mask(data.mask, example.mask)
 
 
 def pixels(image: Image.Image, view: View) -> Tensor:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import io
 import stat
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lora_core.errors import FileRefused
+from trainers import colours
 
 EXTENSIONS = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 UNREAD = (
@@ -60,7 +63,7 @@ def is_mask(path: Path) -> bool:
 
 
 def open_image(path: Path | str) -> Image.Image:
-    """-> RGB, upright as EXIF says, transparency on white, 16 bits as 8, the first frame. Raises BadImage."""
+    """-> sRGB, upright as EXIF says, transparency on white, 16 bits as 8, the first frame. Raises BadImage."""
     path = Path(path)
     return decode(read_bytes(path), path)
 
@@ -82,19 +85,47 @@ def read_bytes(path: Path) -> bytes:
     return data
 
 
-def decode(data: bytes, path: Path, background: str = "white") -> Image.Image:
+def decode(data: bytes, path: Path) -> Image.Image:
     """A file's bytes -> the picture, as `open_image`; `path` is for the message."""
-    return decode_layers(data, path, background)[0]
+    return decode_layers(data, path)[0]
+
+
+def decode_mask(data: bytes, path: Path) -> Image.Image:
+    """-> mode L, transparency on black; by its numbers, which are weights and no colours."""
+    return decode_layers(data, path, "black", managed=False)[0].convert("L")
 
 
 def decode_layers(
-    data: bytes, path: Path, background: str = "white"
+    data: bytes, path: Path, background: str = "white", *, managed: bool = True
 ) -> tuple[Image.Image, Image.Image | None]:
-    """-> the picture on a background, and its opacity (mode L) if it has one."""
+    """-> the picture on a background, and its opacity (mode L) if it has one. Not `managed`: its numbers whatever its
+    colour profile says, in half the time."""
+    with _opened(data, path) as image:
+        image.load()
+        return _layers(ImageOps.exif_transpose(image), path, background, managed=managed)
+
+
+def is_animated(data: bytes, path: Path) -> bool:
+    """Whether the file has more frames than the one we use."""
+    with _opened(data, path) as image:
+        return image.format != "MPO" and bool(getattr(image, "is_animated", False))
+
+
+def colour_problem(data: bytes, path: Path) -> str:
+    """Why its colour profile is not used, and its numbers are taken for sRGB's; empty: nothing is wrong."""
+    with _opened(data, path) as image:
+        return colours.problem(image)
+
+
+@contextmanager
+def _opened(data: bytes, path: Path) -> Iterator[Image.Image]:
+    """The header, and BadImage for whatever is raised on the way from there to pixels."""
     try:
-        with _opened(data, path) as image:
-            image.load()
-            return _layers(ImageOps.exif_transpose(image), path, background)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise BadImage(path, _too_large(f"{width} x {height} pixels"))
+            yield image
     except BadImage:
         raise
     except (
@@ -103,33 +134,17 @@ def decode_layers(
         raise BadImage(path, _reason(problem)) from problem
 
 
-def is_animated(data: bytes, path: Path) -> bool:
-    """Whether the file has more frames than the one we use."""
-    try:
-        with _opened(data, path) as image:
-            return image.format != "MPO" and bool(getattr(image, "is_animated", False))
-    except BadImage:
-        raise
-    except Exception as problem:
-        raise BadImage(path, _reason(problem)) from problem
-
-
-def _opened(data: bytes, path: Path) -> Image.Image:
-    """The header only."""
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise BadImage(path, _too_large(f"{width} x {height} pixels"))
-    return image
-
-
-def _layers(image: Image.Image, path: Path, background: str) -> tuple[Image.Image, Image.Image | None]:
+def _layers(
+    image: Image.Image, path: Path, background: str, *, managed: bool
+) -> tuple[Image.Image, Image.Image | None]:
     clear = image.info.get(
         "transparency"
     )  # the one colour that a PNG calls transparent, in its own number of bits
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips it to white
         seen = None if clear is None else Image.fromarray(np.asarray(image) != clear).convert("L")
+        profile = image.info.get("icc_profile")
         image = _eight_bits(image, path)
+        image.info["icc_profile"] = profile
         if seen is not None:
             image.putalpha(seen)
     elif isinstance(clear, tuple) and max(clear) > 255:  # Pillow has kept the upper eight bits of its pixels
@@ -138,6 +153,8 @@ def _layers(image: Image.Image, path: Path, background: str) -> tuple[Image.Imag
         finite = bool(np.isfinite(np.asarray(image)).all())
         found = "floating-point numbers of unknown range" if finite else "NaN or infinite in places"
         raise BadImage(path, f"its pixels are {found}; save it as PNG or JPEG")
+    if managed:
+        image = colours.to_srgb(image)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         paper = Image.new("RGBA", rgba.size, background)

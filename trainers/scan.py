@@ -18,7 +18,16 @@ from trainers.captions import read_caption, sidecars
 from trainers.config_data import DatasetSettings, DataSettings
 from trainers.dataset import Dataset, Example
 from trainers.folders import Kind, Source, picture_files, sources
-from trainers.images import EXTENSIONS, MASK_ENDINGS, BadImage, decode, decode_layers, is_animated, read_bytes
+from trainers.images import (
+    EXTENSIONS,
+    MASK_ENDINGS,
+    BadImage,
+    colour_problem,
+    decode_layers,
+    decode_mask,
+    is_animated,
+    read_bytes,
+)
 from trainers.scan_report import ScanReport, listed
 
 MASK_SHAPE = 0.02  # a mask's proportions may differ from its picture's by so much
@@ -92,6 +101,8 @@ def _scan_folder(
             lines = ("",)
         wordless += not lines
         notes.take(path.name, animated=seen.animated, masked=seen.masked if source.masked else None)
+        if seen.colours:
+            notes.colours[path.name] = seen.colours
         if seen.mask is not None and seen.mask.parent == folder:
             found.masks.add(seen.mask.name)
         # where nothing is enlarged, a small picture is the same at several resolutions: once then
@@ -125,6 +136,7 @@ class _Found:
 class _Seen:
     size: Size
     animated: bool
+    colours: str
     masked: bool
     mask: Path | None
 
@@ -134,13 +146,13 @@ def _measure(path: Path, source: Source) -> _Seen:
     if not _inside(path, source.folder):
         raise BadImage(path, "it is a link to a file outside the folder; copy the file itself here")
     data = read_bytes(path)
-    image, opacity = decode_layers(data, path)
+    image, opacity = decode_layers(data, path, managed=False)
     file = _mask_file(path, source.settings.masks) if source.masked else None
-    mask = decode(read_bytes(file), file, "black").convert("L") if file is not None else opacity
+    mask = decode_mask(read_bytes(file), file) if file is not None else opacity
     if source.masked and mask is not None:
         _check_mask(mask, image.size, path, file)
     masked = source.masked and mask is not None
-    return _Seen(image.size, is_animated(data, path), masked, file)
+    return _Seen(image.size, is_animated(data, path), colour_problem(data, path), masked, file)
 
 
 def _mask_file(path: Path, masks: Path | None) -> Path | None:

@@ -36,6 +36,8 @@ class ScanReport:
     """Caption files that are those of several pictures, whose names differ by their ending alone."""
     animated: list[str] = field(default_factory=list)
     """Of these only the first frame is used."""
+    colours: dict[str, str] = field(default_factory=dict)
+    """Pictures whose colour profile is not used -> the reason."""
     unmasked: list[str] = field(default_factory=list)
     """With masked loss: pictures without a mask, which are learnt whole."""
     enlarged: list[str] = field(default_factory=list)
@@ -81,6 +83,10 @@ class ScanReport:
         said += [f"{name} is the caption of {' and '.join(users)}." for name, users in self.shared.items()]
         if self.animated:
             said.append(f"First frame only: {listed(self.animated)}.")
+        said += [
+            f"The colour profile of {name} is not used, its colours are read as sRGB: {reason}."
+            for name, reason in self.colours.items()
+        ]
         if len(self.buckets) > 1:
             shapes = sorted(self.buckets.items(), key=lambda item: (-len(item[1]), item[0]))
             said.append("Buckets: " + ", ".join(f"{w} x {h}: {len(names)}" for (w, h), names in shapes) + ".")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import resource
+import select
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import termios
+import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -329,6 +334,49 @@ def test_signal_saves_and_resume_finishes(tmp_path: Path, base: Path, number: si
     assert read_adapter(run / "small.safetensors").deltas
     steps = [e["step"] for e in events_in(run) if e["event"] == "Step"]
     assert steps == list(range(1, stopped["step"] + 3))
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="Windows has no such terminals")
+@pytest.mark.parametrize("shell", [False, True])
+def test_a_closed_terminal_saves(tmp_path: Path, base: Path, shell: bool) -> None:
+    """A real one, whose window is closed over the training and its shell: every later word to it is an error."""
+    pictures(tmp_path / "images", 3)
+    run, words = tmp_path / "runs" / "small", [sys.executable, "launch.py", "--train"]
+    words += [str(preset_file(tmp_path, base)), "--set", "train.steps=5000"]
+    window, terminal = os.openpty()
+    child = subprocess.Popen(
+        ["bash", "-ic", f"{shlex.join(words)}; true"] if shell else words,
+        cwd=ROOT,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # as a window does it for its shell
+    )
+    os.close(terminal)
+    closed = threading.Event()
+    reader = threading.Thread(target=shown, args=(window, closed), daemon=True)
+    reader.start()
+    wait_for(lambda: '"event": "Step"' in read(run / "events.jsonl"), child)
+    closed.set()
+    end = time.monotonic() + 120
+    while events_in(run)[-1]["event"] != "Interrupted":
+        assert time.monotonic() < end, events_in(run)[-3:]
+        time.sleep(0.1)
+    child.wait(timeout=60)
+    if not shell:
+        assert child.returncode == 130
+    assert checkpoints.newest_whole(run / "checkpoints") == (Path(events_in(run)[-1]["path"]), [])
+
+
+def shown(window: int, closed: threading.Event) -> None:
+    """What is said to it is taken, until it is closed: a window that took nothing would hold the training up."""
+    while not closed.is_set():
+        if select.select([window], [], [], 0.1)[0]:
+            os.read(window, 4096)
+    os.close(window)
 
 
 def wait_for(condition: object, child: subprocess.Popen[str], seconds: float = 240) -> None:
