@@ -1,9 +1,11 @@
 // What the scripts of the page share: making elements, drawing what differs, sending what the user does.
 window.loom = (() => {
   const MINE_MS = 800;
-  const post = (path, body) => fetch(`loom/${path}`, {
-    method: 'POST', headers: { 'Content-Type': 'application/json' }, body: JSON.stringify(body),
-  });
+  // `outlives`: the browser carries on with it when the page is left, for which all bodies together have 64 KiB
+  const post = (path, value, outlives = false) => {
+    const body = JSON.stringify(value), keepalive = outlives && body.length < 8000;
+    return fetch(`loom/${path}`, { method: 'POST', headers: { 'Content-Type': 'application/json' }, body, keepalive });
+  };
 
   // --- small helpers for elements ------------------------------------------------------------------------------
   const make = (tag, attributes = {}, ...inside) => {
@@ -41,16 +43,15 @@ window.loom = (() => {
   };
 
   // --- sending: per control one call at a time, and of those that wait only the newest ------------------------------
-  const flying = new Map();
+  const flying = new Map();  // key -> [path, body] of what waits, or null
   // -> whether the last of them was taken; undefined for one that waits
   const send = async (path, key, body) => {
-    if (flying.has(key)) { flying.set(key, body); return undefined; }
-    flying.set(key, null);
+    if (flying.has(key)) { flying.set(key, [path, body]); return undefined; }
     let taken = false;
-    for (let now = body; now; now = flying.get(key)) {
+    for (let now = [path, body]; now; now = flying.get(key)) {
       flying.set(key, null);
       try {
-        const answer = await post(path, now);
+        const answer = await post(...now, true);
         taken = answer.ok;
         if (!taken) say((await answer.json()).problem || `The server refused this (${answer.status}).`);
       } catch { taken = false; say('LoRA Loom does not answer; this change was not kept.'); }
@@ -59,6 +60,10 @@ window.loom = (() => {
     window.loom.ask();
     return taken;
   };
+  // What waits when the page is left would be lost with it.
+  window.addEventListener('pagehide', () => {
+    for (const [key, now] of flying) if (now) { flying.set(key, null); post(...now, true); }
+  });
   let saying;
   const say = text => {
     let e = document.getElementById('said');

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from playwright.sync_api import Page, expect
 
+from app import live
 from app.session import Session
 from lora_core import LivePipeline
 from lora_core.mix import AdapterWeight
@@ -126,6 +129,27 @@ def test_a_mix_is_saved_and_worn_again_after_a_reload(mixer: Mixer) -> None:
     mixer.seen.errors = [e for e in mixer.seen.errors if "400 (Bad Request)" not in e]
 
 
+def test_what_was_just_said_outlives_the_page(mixer: Mixer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page that is left takes with it neither the change that waits for another, nor one that the browser itself has
+    not sent yet, because its connections are busy."""
+    plain = live.change_row
+
+    def slowly(session: Session, said: dict[str, Any]) -> None:
+        time.sleep(1.5)
+        plain(session, said)
+
+    monkeypatch.setattr(live, "change_row", slowly)
+    mixer.page.evaluate(
+        """for (let i = 0; i < 6; i++) loom.send('row', `glow ${i}`, { name: 'glow', weight: 0.5 });
+        for (const weight of [0.2, 0.3, 0.4]) loom.send('row', 'ink', { name: 'ink', weight });
+        location.reload();"""
+    )
+    mixer.becomes({"ink": 0.4, "glow": 0.5})
+    expect(mixer.page.get_by_label("Weight of ink, as a number", exact=True)).to_have_value(
+        "0.4", timeout=30_000
+    )
+
+
 def test_the_crossfade_slider_leads_from_one_mix_to_the_other(mixer: Mixer) -> None:
     session, page = mixer.session, mixer.page
     mixer.open_mixes()
@@ -154,6 +178,7 @@ def test_the_crossfade_slider_leads_from_one_mix_to_the_other(mixer: Mixer) -> N
     page.get_by_label("Crossfade to", exact=True).select_option("both")
     expect(page.locator(".fade")).to_be_disabled()  # from one mix to itself nothing leads
     page.get_by_label("Crossfade from", exact=True).select_option("ink alone")
+    wait(lambda: session.wanted.fade.a == "ink alone", "the choice")
     mixer.seen.reload(page)
     mixer.open_mixes()
     page.get_by_role("slider", name="Crossfade from ink alone to both").fill("0")
