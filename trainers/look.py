@@ -31,6 +31,7 @@ from trainers.folders import Kind
 from trainers.look_page import page, thumbnail
 from trainers.picture_checks import BLURRED, alike, perceptual_hash, sharpness
 from trainers.scan import scan
+from trainers.scan_report import unmanaged
 
 EPOCHS = 4  # drawn from, for each picture's prompts
 PROMPTS = 8  # of each picture that are shown
@@ -220,7 +221,13 @@ def folder_facts(report: Any) -> dict[str, Any]:
     unused = {**report.bad, **dict.fromkeys(report.other, "not a picture that is read")}
     unused |= dict.fromkeys(report.orphans, "a caption without a picture")
     unused |= dict.fromkeys(report.masks, "a mask that is not used")
-    return {"folder": report.folder.name, "used": report.used, "unused": unused, "notes": report.lines()}
+    return {
+        "folder": report.folder.name,
+        "used": report.used,
+        "unused": unused,
+        "colours": report.colours,
+        "notes": report.lines(),
+    }
 
 
 def twins(examples: Sequence[Example], digests: Sequence[str]) -> list[list[str]]:
@@ -259,7 +266,9 @@ def warnings(facts: dict[str, Any]) -> list[str]:
             said.append(
                 f"{p['file']} has prompts of up to {most} tokens; not read is “{_short(cut[0]['unread'])}”."
             )
-    bad = [f"{f['folder']}/{name}: {why}" for f in facts["folders"] for name, why in f["unused"].items()]
+    folders = facts["folders"]
+    said += [unmanaged(f"{f['folder']}/{name}", why) for f in folders for name, why in f["colours"].items()]
+    bad = [f"{f['folder']}/{name}: {why}" for f in folders for name, why in f["unused"].items()]
     return said + [f"Not used: {line}." for line in bad]
 
 

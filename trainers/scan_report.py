@@ -83,10 +83,7 @@ class ScanReport:
         said += [f"{name} is the caption of {' and '.join(users)}." for name, users in self.shared.items()]
         if self.animated:
             said.append(f"First frame only: {listed(self.animated)}.")
-        said += [
-            f"The colour profile of {name} is not used, its colours are read as sRGB: {reason}."
-            for name, reason in self.colours.items()
-        ]
+        said += [unmanaged(name, reason) for name, reason in self.colours.items()]
         if len(self.buckets) > 1:
             shapes = sorted(self.buckets.items(), key=lambda item: (-len(item[1]), item[0]))
             said.append("Buckets: " + ", ".join(f"{w} x {h}: {len(names)}" for (w, h), names in shapes) + ".")
@@ -109,6 +106,13 @@ class ScanReport:
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
+
+
+def unmanaged(name: str, reason: str) -> str:
+    return (
+        f"The colour profile of {name} is not used, its colours are read as sRGB: {reason}. If they look wrong, save "
+        "the picture as sRGB."
+    )
 
 
 def listed(names: Sequence[str], most: int = 20) -> str:

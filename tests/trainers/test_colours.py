@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import struct
 from pathlib import Path
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from trainers import presets
 from trainers.config_data import DataSettings
 from trainers.images import BadImage, decode_mask, open_image
+from trainers.look import look
 from trainers.scan import scan
 
 D50, D65 = np.array([0.9642, 1.0, 0.8249]), np.array([0.95047, 1.0, 1.08883])
@@ -204,28 +207,30 @@ def test_a_mask_has_numbers_and_no_colours(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_used_is_said(tmp_path: Path) -> None:
-    """Another kind of picture's, and a damaged one: the picture is used as it is, and the report names it."""
+    """Another kind of picture's, and a damaged one: the picture is used as it is; report and look name it."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    shown = Image.fromarray(colours()).resize((64, 64))
     for name, made in (
         ("fine", of_rgb(P3, curve())),
         ("print", of_cmyk()),
         ("torn", of_rgb(P3, curve())[:200]),
     ):
-        Image.fromarray(colours()).resize((64, 64)).save(tmp_path / f"{name}.png", icc_profile=made)
-    (report,) = scan(DataSettings(images=tmp_path, prompt="a photo of sks dog"), 64).reports
+        shown.save(folder / f"{name}.png", icc_profile=made)
+    (report,) = scan(DataSettings(images=folder, prompt="a photo of sks dog"), 64).reports
     assert report.used == ["fine.png", "print.png", "torn.png"]
-    assert report.colours.keys() == {"print.png", "torn.png"}
-    said = str(report)
-    assert (
+    assert list(report.colours) == ["print.png", "torn.png"]
+    odd = [line for line in report.lines() if "profile" in line]
+    assert odd[0] == (
         "The colour profile of print.png is not used, its colours are read as sRGB: it is for CMYK, and the picture "
-        "is RGB." in said
+        "is RGB. If they look wrong, save the picture as sRGB."
     )
-    assert "The colour profile of torn.png is not used, its colours are read as sRGB: it is damaged (" in said
-    plain = np.asarray(Image.fromarray(colours()).resize((64, 64)))
-    assert (
-        apart(open_image(tmp_path / "print.png"), plain)
-        == apart(open_image(tmp_path / "torn.png"), plain)
-        == 0
-    )
+    assert "torn.png is not used, its colours are read as sRGB: it is damaged (" in odd[1]
+    for name in ("print", "torn"):
+        assert apart(open_image(folder / f"{name}.png"), np.asarray(shown)) == 0
+    wanted = [f"data.images={json.dumps(str(folder))}", "data.prompt=a photo of sks dog"]
+    facts = look(presets.load("demo", wanted), tmp_path / "look")
+    assert [line.replace("photos/", "") for line in facts["warnings"] if "profile" in line] == odd
 
 
 def test_damage_anywhere_is_no_other_error(tmp_path: Path) -> None:
