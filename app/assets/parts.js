@@ -1,11 +1,9 @@
 // What the scripts of the page share: making elements, drawing what differs, sending what the user does.
 window.loom = (() => {
   const MINE_MS = 800;
-  // `outlives`: the browser carries on with it when the page is left, for which all bodies together have 64 KiB
-  const post = (path, value, outlives = false) => {
-    const body = JSON.stringify(value), keepalive = outlives && body.length < 8000;
-    return fetch(`loom/${path}`, { method: 'POST', headers: { 'Content-Type': 'application/json' }, body, keepalive });
-  };
+  const post = (path, value, options = {}) => fetch(`loom/${path}`, {
+    method: 'POST', headers: { 'Content-Type': 'application/json' }, body: JSON.stringify(value), ...options,
+  });
 
   // --- small helpers for elements ------------------------------------------------------------------------------
   const make = (tag, attributes = {}, ...inside) => {
@@ -43,15 +41,17 @@ window.loom = (() => {
   };
 
   // --- sending: per control one call at a time, and of those that wait only the newest ------------------------------
-  const flying = new Map();  // key -> [path, body] of what waits, or null
+  const flying = new Map();
   // -> whether the last of them was taken; undefined for one that waits
   const send = async (path, key, body) => {
-    if (flying.has(key)) { flying.set(key, [path, body]); return undefined; }
+    if (flying.has(key)) { flying.set(key, body); return undefined; }
+    flying.set(key, null);
     let taken = false;
-    for (let now = [path, body]; now; now = flying.get(key)) {
+    for (let now = body; now; now = flying.get(key)) {
       flying.set(key, null);
       try {
-        const answer = await post(...now, true);
+        // the browser carries on with it when the page is left, for which all bodies together have 64 KiB
+        const answer = await post(path, now, { keepalive: JSON.stringify(now).length < 8000 });
         taken = answer.ok;
         if (!taken) say((await answer.json()).problem || `The server refused this (${answer.status}).`);
       } catch { taken = false; say('LoRA Loom does not answer; this change was not kept.'); }
@@ -60,10 +60,6 @@ window.loom = (() => {
     window.loom.ask();
     return taken;
   };
-  // What waits when the page is left would be lost with it.
-  window.addEventListener('pagehide', () => {
-    for (const [key, now] of flying) if (now) { flying.set(key, null); post(...now, true); }
-  });
   let saying;
   const say = text => {
     let e = document.getElementById('said');
