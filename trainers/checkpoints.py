@@ -7,7 +7,6 @@ it all. No pickle anywhere.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import re
@@ -24,7 +23,7 @@ from lora_core.errors import FileRefused, NotFinite
 from lora_core.safe_files import Header, read_header, read_tensors, save_tensors
 from lora_core.train_form import LoraForm
 from trainers.average import Average
-from trainers.kept_tensors import tensors_identity
+from trainers.kept_tensors import checksum
 
 KIND = "lora-loom training state 2"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -78,8 +77,8 @@ def save_state(path: Path, position: Position, of: Trained) -> None:
     }
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     told = json.dumps(facts)
-    checksum = _checksum(told, contiguous)
-    save_tensors(path, contiguous, {"loom.kind": KIND, "loom.state": told, "loom.sha256": checksum})
+    said = {"loom.kind": KIND, "loom.state": told, "loom.sha256": checksum(told, contiguous)}
+    save_tensors(path, contiguous, said)
 
 
 def load_state(path: Path, of: Trained) -> Position:
@@ -125,15 +124,11 @@ def _whole(header: Header) -> dict[str, Tensor]:
     """The tensors, if they and the facts are what was saved: a flipped bit would go on as another run, and nobody would
     know. A state of an earlier version has no checksum. Raises FileRefused."""
     tensors, said = read_tensors(header), header.metadata.get("loom.sha256")
-    if said is not None and said != _checksum(header.metadata.get("loom.state", ""), tensors):
+    if said is not None and said != checksum(header.metadata.get("loom.state", ""), tensors):
         raise FileRefused(
             f"{header.path.name} is not what was saved: its checksum differs, so the disk or a copy has changed it."
         )
     return tensors
-
-
-def _checksum(facts: str, tensors: Mapping[str, Tensor]) -> str:
-    return hashlib.sha256(f"{facts} {tensors_identity(tensors)}".encode()).hexdigest()
 
 
 def get_chance() -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -14,9 +14,8 @@ import numpy as np
 from PIL import Image, ImageCms
 
 SAME = 2  # levels of 255: sRGB in another program's words differs by rounding alone, and its pictures keep their bits
-_SPACES = {"CMYK": "CMYK", "LAB": "Lab"} | dict.fromkeys(
-    ("1", "L", "LA", "I", "I;16", "I;16B"), "GRAY"
-)  # else RGB
+_GREY = ("1", "L", "LA", "I", "I;16", "I;16B")
+_SPACES = {"CMYK": "CMYK", "LAB": "Lab", **dict.fromkeys(_GREY, "GRAY")}  # of a mode; else RGB
 _MODES = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK", "Lab": "LAB"}  # in which a space's numbers are given
 _SRGB = ImageCms.createProfile("sRGB")
 

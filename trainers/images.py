@@ -65,7 +65,7 @@ def is_mask(path: Path) -> bool:
 def open_image(path: Path | str) -> Image.Image:
     """-> sRGB, upright as EXIF says, transparency on white, 16 bits as 8, the first frame. Raises BadImage."""
     path = Path(path)
-    return decode(read_bytes(path), path)
+    return decode_layers(read_bytes(path), path)[0]
 
 
 def read_bytes(path: Path) -> bytes:
@@ -85,21 +85,17 @@ def read_bytes(path: Path) -> bytes:
     return data
 
 
-def decode(data: bytes, path: Path) -> Image.Image:
-    """A file's bytes -> the picture, as `open_image`; `path` is for the message."""
-    return decode_layers(data, path)[0]
-
-
 def decode_mask(data: bytes, path: Path) -> Image.Image:
-    """-> mode L, transparency on black; by its numbers, which are weights and no colours."""
+    """A file's bytes -> mode L, transparency on black; by its numbers, which are weights and no colours. `path` is for
+    the message."""
     return decode_layers(data, path, "black", managed=False)[0].convert("L")
 
 
 def decode_layers(
     data: bytes, path: Path, background: str = "white", *, managed: bool = True
 ) -> tuple[Image.Image, Image.Image | None]:
-    """-> the picture on a background, and its opacity (mode L) if it has one. Not `managed`: its numbers whatever its
-    colour profile says, in half the time."""
+    """A file's bytes -> the picture as `open_image` has it, on a background, and its opacity (mode L) if it has one.
+    Not `managed`: its numbers whatever its colour profile says, in half the time. `path` is for the message."""
     with _opened(data, path) as image:
         image.load()
         return _layers(ImageOps.exif_transpose(image), path, background, managed=managed)

@@ -49,7 +49,7 @@ class KeptTensors:
 
     def save(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Raises SaveFailed."""
-        save_tensors(self.path(key), dict(tensors), {"sha256": _checksum(key, tensors)})
+        save_tensors(self.path(key), dict(tensors), {"sha256": checksum(key, tensors)})
 
     def load(self, key: str) -> dict[str, Tensor] | None:
         """-> what was saved, or None if there is no file or it is not word for word that, or not finite."""
@@ -63,7 +63,7 @@ class KeptTensors:
             tensors = read_tensors(header)
         except FileRefused:
             return None
-        whole = header.metadata["sha256"] == _checksum(key, tensors)
+        whole = header.metadata["sha256"] == checksum(key, tensors)
         return tensors if whole and all_finite(tensors) else None
 
 
@@ -84,8 +84,9 @@ def tensors_identity(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _checksum(key: str, tensors: Mapping[str, Tensor]) -> str:
-    return hashlib.sha256(f"{key} {tensors_identity(tensors)}".encode()).hexdigest()
+def checksum(words: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors and what is said of them."""
+    return hashlib.sha256(f"{words} {tensors_identity(tensors)}".encode()).hexdigest()
 
 
 def _add(digest: hashlib._Hash, tensor: Tensor) -> None:

@@ -336,7 +336,6 @@ def test_signal_saves_and_resume_finishes(tmp_path: Path, base: Path, number: si
     assert steps == list(range(1, stopped["step"] + 3))
 
 
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="Windows has no such terminals")
 @pytest.mark.parametrize("shell", [False, True])
 def test_a_closed_terminal_saves(tmp_path: Path, base: Path, shell: bool) -> None:
     """A real one, whose window is closed over the training and its shell: every later word to it is an error."""
